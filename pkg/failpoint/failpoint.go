@@ -1,0 +1,79 @@
+// Package failpoint holds named places at which a test makes the process fail: it is how "kill -9 at every step" is
+// tested. The places are declared once, in All, so that one test loops over them. Without ONEO_FAILPOINTS in the environment a place costs one
+// map look-up and does nothing.
+package failpoint
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// ErrInjected is what a place armed with "error" returns.
+var ErrInjected = errors.New("failure injected by ONEO_FAILPOINTS")
+
+// All lists the places, operation by operation, in the order in which the operation passes them.
+var All = []string{
+	"create.before", "create.started", "create.schema", "create.finish", "create.after",
+	"drop.before", "drop.started", "drop.schema", "drop.finish", "drop.after",
+	"purge.before", "purge.started", "purge.schema", "purge.finish", "purge.after",
+	"undrop.before", "undrop.started", "undrop.schema", "undrop.finish", "undrop.after",
+	"rename.before", "rename.started", "rename.schema", "rename.finish", "rename.after",
+	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",
+	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
+	"migrate.before", "migrate.applied", "migrate.after",
+}
+
+var armed = sync.OnceValues(func() (map[string]string, error) {
+	return parse(os.Getenv("ONEO_FAILPOINTS"))
+})
+
+// parse reads "name=action[,name=action]"; actions are exit, error, panic and sleep:DURATION.
+func parse(spec string) (map[string]string, error) {
+	places := map[string]string{}
+	for part := range strings.SplitSeq(spec, ",") {
+		if part == "" {
+			continue
+		}
+		name, action, ok := strings.Cut(part, "=")
+		if !ok || !slices.Contains(All, name) {
+			return nil, fmt.Errorf("ONEO_FAILPOINTS: %q is no name=action with a known name", part)
+		}
+		places[name] = action
+	}
+	return places, nil
+}
+
+// Hit does what the environment says for the place: nothing, return ErrInjected, panic, sleep, or leave the process
+// at once without any clean-up, as kill -9 would.
+func Hit(name string) error {
+	places, err := armed()
+	if err != nil {
+		return err
+	}
+	action, ok := places[name]
+	if !ok {
+		return nil
+	}
+	switch {
+	case action == "exit":
+		os.Exit(137)
+	case action == "error":
+		return fmt.Errorf("%s: %w", name, ErrInjected)
+	case action == "panic":
+		panic("failpoint " + name)
+	case strings.HasPrefix(action, "sleep:"):
+		d, err := time.ParseDuration(strings.TrimPrefix(action, "sleep:"))
+		if err != nil {
+			return fmt.Errorf("ONEO_FAILPOINTS: %s: %w", name, err)
+		}
+		time.Sleep(d)
+	default:
+		return fmt.Errorf("ONEO_FAILPOINTS: %s: unknown action %q (exit, error, panic, sleep:DURATION)", name, action)
+	}
+	return nil
+}

@@ -1,0 +1,178 @@
+package postgres
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// OwnerTx is a transaction of the owner: it makes and changes schemas, roles and the registry. Its search path is
+// empty until Bind. It is not safe for concurrent use and ends with the function that received it.
+type OwnerTx struct {
+	group *group
+	conn  *pgxpool.Conn
+	bound bool
+}
+
+var _ Querier = (*OwnerTx)(nil)
+
+// AsOwner runs fn in one transaction of the owner in a group's database, and commits only if fn returned nil.
+func (db *DB) AsOwner(ctx context.Context, groupName string, fn func(*OwnerTx) error) error {
+	g, err := db.group(groupName)
+	if err != nil {
+		return err
+	}
+	pool, err := g.ownerPool()
+	if err != nil {
+		return err
+	}
+	var conn *pgxpool.Conn
+	err = retryLost(ctx, g.opts.AcquireTimeout, pool.Reset, func(ctx context.Context) error {
+		c, err := pool.Acquire(ctx)
+		if err != nil {
+			return err
+		}
+		begin := fmt.Sprintf(`begin; set local search_path to ''; set local lock_timeout to %s`, ms(g.opts.LockTimeout))
+		if err := c.Conn().PgConn().Exec(ctx, begin).Close(); err != nil {
+			if c.Conn().PgConn().TxStatus() != 'I' {
+				closeConn(c)
+			}
+			c.Release()
+			return err
+		}
+		conn = c
+		return nil
+	})
+	if err != nil {
+		return Fault(err)
+	}
+	// The bound transactions' end serves here as well: commit, rollback and what becomes of the connection.
+	tx := &Tx{group: g, conn: conn, access: Write, begun: true}
+	return tx.end(ctx, func() error { return fn(&OwnerTx{group: g, conn: conn}) })
+}
+
+// AsOwnerIn is AsOwner with the search path bound to the tenant. It checks that the tenant's schema stands there, and
+// takes the tenant's gate as a request would, so that it never writes into a schema that is being renamed away. It
+// does not mind whether the tenant is suspended.
+func (db *DB) AsOwnerIn(ctx context.Context, t tenant.Tenant, fn func(*OwnerTx) error) error {
+	if t.IsZero() {
+		return fault.New(fault.Internal, "work was to be bound to no tenant").WithCode("no_tenant")
+	}
+	return withTenant(db.AsOwner(ctx, t.Group, func(tx *OwnerTx) error {
+		if err := tx.ShareGate(ctx, t.Number); err != nil {
+			return err
+		}
+		if err := tx.BindPlaced(ctx, t.Number); err != nil {
+			return err
+		}
+		return fn(tx)
+	}), t)
+}
+
+// Exec runs a statement that returns no rows.
+func (tx *OwnerTx) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	return tx.conn.Conn().Exec(ctx, sql, tx.args(args)...)
+}
+
+// Query runs a statement; the rows must be closed.
+func (tx *OwnerTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	return tx.conn.Conn().Query(ctx, sql, tx.args(args)...)
+}
+
+// QueryRow runs a statement and reads its first row; pgx.ErrNoRows when there is none.
+func (tx *OwnerTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	return tx.conn.Conn().QueryRow(ctx, sql, tx.args(args)...)
+}
+
+// args keeps a statement on a tenant's tables out of the connection's statement cache: the next tenant's may differ.
+func (tx *OwnerTx) args(args []any) []any {
+	if !tx.bound {
+		return args
+	}
+	return append([]any{pgx.QueryExecModeDescribeExec}, args...)
+}
+
+// Script runs several statements in one round trip, inside the transaction. Values cannot be passed: the SQL must
+// consist of migrations, constants and identifiers that were quoted by Quote.
+func (tx *OwnerTx) Script(ctx context.Context, sql string) error {
+	return tx.conn.Conn().PgConn().Exec(ctx, sql).Close()
+}
+
+// Bind sets the search path to the schema, ext and pg_temp until the transaction ends.
+func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
+	if s.IsZero() {
+		return fault.New(fault.Internal, "work was to be bound to no schema").WithCode("no_tenant")
+	}
+	tx.bound = true
+	return tx.Script(ctx, "set local search_path to "+Quote(s.String())+", ext, pg_temp")
+}
+
+// BindPlaced is Bind for the schema in which the tenant's placement says that it stands. NotFound: nowhere here.
+func (tx *OwnerTx) BindPlaced(ctx context.Context, number int32) error {
+	const bindPlaced = `select pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true)
+from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
+	tag, err := tx.conn.Conn().Exec(ctx, bindPlaced, number)
+	if err != nil {
+		return err
+	}
+	if tag.RowsAffected() != 1 {
+		return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
+	}
+	tx.bound = true
+	return nil
+}
+
+// LockGate takes the tenant's gate exclusively until the transaction ends: it waits for the bound transactions in
+// flight and keeps new ones out. It waits at most the lock timeout; then the fault is Locked.
+func (tx *OwnerTx) LockGate(ctx context.Context, number int32) error {
+	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, $2::int4)`, lockGate, number)
+	if SQLState(err) == "55P03" {
+		return fault.Wrap(err, fault.Locked, "requests of this tenant are still at work").WithCode("gate_busy").WithRetry(time.Second)
+	}
+	return err
+}
+
+// ShareGate takes the tenant's gate shared until the transaction ends, as a bound transaction does.
+func (tx *OwnerTx) ShareGate(ctx context.Context, number int32) error {
+	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock_shared($1::int4, $2::int4)`, lockGate, number)
+	if SQLState(err) == "55P03" {
+		return fault.Wrap(err, fault.Locked, "the tenant is being changed at the moment").WithCode("tenant_locked").WithRetry(time.Second)
+	}
+	return err
+}
+
+// TryOperationLock takes the tenant's operation lock until the transaction ends, and reports whether it did. It never
+// waits: whoever wants the lock polls.
+func (tx *OwnerTx) TryOperationLock(ctx context.Context, number int32) (bool, error) {
+	var got bool
+	err := tx.conn.Conn().QueryRow(ctx, `select pg_catalog.pg_try_advisory_xact_lock($1::int4, $2::int4)`, lockOperation, number).Scan(&got)
+	return got, err
+}
+
+// LockOperation polls for the tenant's operation lock for as long as wait. The fault is Locked.
+func (tx *OwnerTx) LockOperation(ctx context.Context, number int32, wait time.Duration) error {
+	deadline := time.Now().Add(wait)
+	for attempt := 0; ; attempt++ {
+		got, err := tx.TryOperationLock(ctx, number)
+		if err != nil || got {
+			return err
+		}
+		if !pause(ctx, deadline, attempt) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return fault.New(fault.Locked, "another operation is at work on this tenant").WithCode("operation_running").
+				WithRetry(time.Second).WithHint("wait until it is done, then run the command again")
+		}
+	}
+}
+
+// Quote quotes an identifier. It is the one place where a name becomes SQL.
+func Quote(identifier string) string { return pgx.Identifier{identifier}.Sanitize() }

@@ -1,0 +1,526 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Access says what a transaction may do.
+type Access int
+
+const (
+	// Read is a read-only transaction.
+	Read Access = iota
+	// Write is a transaction that reads and writes.
+	Write
+	// Single is exactly one reading statement, sent with its binding in one round trip. Use it where speed counts.
+	Single
+)
+
+// Kinds of advisory locks: the first of their two keys, the second is the tenant's number.
+const (
+	lockGate      = 7302657 // taken shared by every bound transaction, exclusively by what changes the placement
+	lockOperation = 7302658 // one structural operation on a tenant at a time
+)
+
+const (
+	nameBegin, sqlBegin = "oneo_begin", `begin`
+	nameGate, nameBind  = "oneo_gate", "oneo_bind"
+
+	// The gate comes first and in a statement of its own: a row read in the same statement would come from a snapshot
+	// older than the lock.
+	sqlGate = `select case when pg_catalog.pg_try_advisory_xact_lock_shared(7302657, $1::int4) then 0 else ext.refuse('ON001', 'gate') end`
+
+	// Schema and role come from the placement itself, never from the caller: whoever holds an old Tenant is still bound
+	// to the right place, or to none.
+	sqlBind = `select case when p.state = 'active' then 0 else ext.refuse('ON002', coalesce(p.state, 'missing')) end,
+	pg_catalog.set_config('statement_timeout', $2, true),
+	pg_catalog.set_config('lock_timeout', $3, true),
+	pg_catalog.set_config('idle_in_transaction_session_timeout', $4, true),
+	pg_catalog.set_config('transaction_read_only', $5, true),
+	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true),
+	pg_catalog.set_config('role', p.role, true)
+from (values (1)) one left join public.placements p on p.number = $1`
+)
+
+// Tx is a transaction bound to one tenant, or one on the shared tables. It runs plain reading and writing statements
+// and nothing that could outlive it. It is not safe for concurrent use and ends with the function that received it.
+type Tx struct {
+	group  *group
+	sub    *subPool // nil: shared work
+	conn   *pgxpool.Conn
+	tenant tenant.Tenant
+	access Access
+
+	begun bool             // an explicit transaction is open
+	batch pgx.BatchResults // of a Single sent in one round trip
+	used  bool             // the one statement of a Single has been sent
+	over  bool
+	err   error // what the statement's own reader may have swallowed
+}
+
+var _ Querier = (*Tx)(nil)
+
+// InTenant runs fn in a transaction bound to the tenant, and commits only if fn returned nil. The first round trip
+// takes the gate, checks the placement and binds; while the server is away or the gate is held for a moment it is
+// repeated for as long as AcquireTimeout, since nothing has happened yet. Faults: Suspended, Gone, Busy, Unavailable.
+// A panic in fn rolls back and goes on.
+func (db *DB) InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(*Tx) error) error {
+	if t.IsZero() {
+		return fault.New(fault.Internal, "work was to be bound to no tenant").WithCode("no_tenant")
+	}
+	g, err := db.group(t.Group)
+	if err != nil {
+		return err
+	}
+	sub, err := g.subPool(ctx, t.Number)
+	if err != nil {
+		return err
+	}
+	leave, err := g.inFlight.Load().enter(ctx, t.Number)
+	if err != nil {
+		return withTenant(err, t)
+	}
+	defer leave()
+	tx := &Tx{group: g, sub: sub, tenant: t, access: a}
+	return withTenant(tx.run(ctx, fn), t)
+}
+
+// InShared runs fn in a transaction on the shared tables of the main database, as the app role.
+func (db *DB) InShared(ctx context.Context, a Access, fn func(*Tx) error) error {
+	g, err := db.group(MainGroup)
+	if err != nil {
+		return err
+	}
+	tx := &Tx{group: g, access: a}
+	return tx.run(ctx, fn)
+}
+
+func withTenant(err error, t tenant.Tenant) error {
+	var f *fault.Fault
+	if errors.As(err, &f) && f.Tenant == "" {
+		f.Tenant = t.Slug.String()
+	}
+	return err
+}
+
+// run gives fn the transaction and ends it, whatever happens.
+func (tx *Tx) run(ctx context.Context, fn func(*Tx) error) error {
+	if tx.access != Single {
+		if err := tx.begin(ctx); err != nil {
+			return Fault(err)
+		}
+	}
+	return tx.end(ctx, func() error { return fn(tx) })
+}
+
+// end runs fn, commits if it returned nil, and gives the connection back; a panic in fn rolls back and goes on.
+func (tx *Tx) end(ctx context.Context, fn func() error) error {
+	returned := false
+	defer func() {
+		tx.over = true
+		if !returned {
+			tx.rollback(ctx)
+		}
+		tx.release()
+	}()
+	err := fn()
+	returned = true
+	if outlived(err) || outlived(tx.err) {
+		tx.markStale()
+	}
+	switch {
+	case tx.batch != nil:
+		if cerr := tx.batch.Close(); err == nil {
+			err = cerr
+		}
+	case tx.begun && err == nil:
+		err = tx.commit(ctx)
+	case tx.begun:
+		tx.rollback(ctx)
+	}
+	if outlived(err) {
+		tx.markStale()
+		return fault.Wrap(err, fault.Unavailable, "this tenant has just been changed").WithCode("tenant_changed").WithRetry(time.Second)
+	}
+	return Fault(err)
+}
+
+// begin opens an explicit transaction and binds it, in one round trip.
+func (tx *Tx) begin(ctx context.Context) error {
+	return tx.connect(ctx, func(c *pgx.Conn) error {
+		if tx.sub == nil {
+			return tx.beginShared(ctx, c)
+		}
+		b := &pgx.Batch{}
+		prepared := tx.group.opts.Statements == Prepared
+		if prepared {
+			b.Queue(nameBegin)
+			b.Queue(nameGate, tx.tenant.Number)
+			b.Queue(nameBind, tx.bindArgs()...)
+		} else {
+			b.Queue(sqlBegin)
+			b.Queue(sqlGate, tx.tenant.Number)
+			b.Queue(sqlBind, tx.bindArgs()...)
+		}
+		err := c.SendBatch(ctx, b).Close()
+		tx.begun = c.PgConn().TxStatus() != 'I'
+		return err
+	})
+}
+
+func (tx *Tx) bindArgs() []any {
+	o := tx.group.opts
+	readOnly := "on"
+	if tx.access == Write {
+		readOnly = "off"
+	}
+	return []any{tx.tenant.Number, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout), readOnly}
+}
+
+func ms(d time.Duration) string { return strconv.FormatInt(max(1, d.Milliseconds()), 10) }
+
+func (tx *Tx) beginShared(ctx context.Context, c *pgx.Conn) error {
+	o := tx.group.opts
+	mode := "read only"
+	if tx.access == Write {
+		mode = "read write"
+	}
+	// One simple query: every value in it is ours.
+	sql := fmt.Sprintf(`begin %s; set local search_path to ''; set local statement_timeout to %s; set local lock_timeout to %s; `+
+		`set local idle_in_transaction_session_timeout to %s`,
+		mode, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
+	err := c.PgConn().Exec(ctx, sql).Close()
+	tx.begun = c.PgConn().TxStatus() != 'I'
+	return err
+}
+
+// connect gets a connection and runs first on it. It starts over with another connection while the server is lost or
+// the gate is held, for as long as AcquireTimeout; first must be safe to repeat.
+func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
+	deadline := time.Now().Add(tx.group.opts.AcquireTimeout)
+	for attempt := 0; ; attempt++ {
+		err := tx.acquire(ctx, deadline)
+		if err == nil {
+			if err = first(tx.conn.Conn()); err == nil {
+				return nil
+			}
+			tx.rollback(ctx)
+			tx.release()
+		}
+		again := connectionLost(err) && !refusedForGood(err) || SQLState(err) == stateGateHeld
+		if !again || ctx.Err() != nil {
+			return err
+		}
+		if attempt == 0 && connectionLost(err) {
+			tx.reset()
+		}
+		if !pause(ctx, deadline, attempt) {
+			return err
+		}
+	}
+}
+
+func (tx *Tx) acquire(ctx context.Context, deadline time.Time) (err error) {
+	if tx.sub != nil {
+		tx.conn, err = tx.sub.acquire(ctx, deadline)
+		if err == nil {
+			stateOf(tx.conn).seen[tx.tenant.Number] = struct{}{}
+		}
+		return err
+	}
+	pool, err := tx.group.sharedPool()
+	if err != nil {
+		return err
+	}
+	tx.conn, err = (&subPool{group: tx.group, pool: pool}).acquire(ctx, deadline)
+	return err
+}
+
+// reset throws away the idle connections that a lost server left behind.
+func (tx *Tx) reset() {
+	if tx.sub != nil {
+		tx.sub.pool.Reset()
+	} else if pool, err := tx.group.sharedPool(); err == nil {
+		pool.Reset()
+	}
+}
+
+func (tx *Tx) release() {
+	c := tx.conn
+	if c == nil {
+		return
+	}
+	tx.conn = nil
+	if tx.sub == nil {
+		c.Release()
+		return
+	}
+	if st := stateOf(c); st != nil && st.stale {
+		closeConn(c)
+	}
+	tx.sub.release(c)
+}
+
+func closeConn(c *pgxpool.Conn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = c.Conn().Close(ctx) // the pool drops a closed connection; the backend ends with its socket
+}
+
+func (tx *Tx) markStale() {
+	if tx.sub == nil || tx.conn == nil {
+		return
+	}
+	if st := stateOf(tx.conn); st != nil {
+		st.stale = true
+	}
+}
+
+// commit ends the transaction. The caller may be gone by now; its change is whole all the same.
+func (tx *Tx) commit(ctx context.Context) error {
+	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tx.group.opts.StatementTimeout)
+	defer cancel()
+	tx.begun = false
+	results, err := tx.conn.Conn().PgConn().Exec(cctx, "commit").ReadAll()
+	if err != nil {
+		if connectionLost(err) || errors.Is(err, context.DeadlineExceeded) {
+			closeConn(tx.conn)
+			return fault.Wrap(err, fault.Unavailable, "the connection was lost while committing: the change may or may not have been made").
+				WithCode("outcome_unknown").WithRetry(time.Second)
+		}
+		if tx.conn.Conn().PgConn().TxStatus() != 'I' {
+			closeConn(tx.conn)
+		}
+		return fmt.Errorf("commit: %w", err)
+	}
+	if len(results) != 1 || results[0].CommandTag.String() != "COMMIT" {
+		return fault.New(fault.Internal, "a transaction in which a statement had failed was to be committed").WithCode("rolled_back")
+	}
+	return nil
+}
+
+// rollback ends the transaction without a trace; a connection on which that fails is closed.
+func (tx *Tx) rollback(ctx context.Context) {
+	if tx.batch != nil {
+		_ = tx.batch.Close() // an implicit transaction: its error was or will be reported by the statement
+		tx.batch = nil
+	}
+	if tx.conn == nil || tx.conn.Conn().IsClosed() {
+		tx.begun = false
+		return
+	}
+	if !tx.begun && tx.conn.Conn().PgConn().TxStatus() == 'I' {
+		return
+	}
+	tx.begun = false
+	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := tx.conn.Conn().PgConn().Exec(rctx, "rollback").Close(); err != nil {
+		closeConn(tx.conn)
+	}
+}
+
+var errOver = errors.New("the transaction is over")
+
+// check is what every statement passes.
+func (tx *Tx) check(sql string) error {
+	if tx.over {
+		return errOver
+	}
+	if tx.access == Single {
+		if tx.used {
+			return fault.New(fault.Internal, "a Single transaction runs exactly one statement").WithCode("single")
+		}
+		tx.used = true
+	}
+	if tx.sub != nil && tx.conn != nil {
+		// Statements known to the connection have passed the guard.
+		if _, known := stateOf(tx.conn).shared[sql]; known {
+			return nil
+		}
+	}
+	return guard(sql)
+}
+
+// Exec runs a statement that returns no rows.
+func (tx *Tx) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	rows, err := tx.Query(ctx, sql, args...)
+	rows.Close()
+	if err == nil {
+		err = rows.Err()
+	}
+	return rows.CommandTag(), err
+}
+
+// Query runs a statement; the rows must be closed. They are never nil, also when there is an error.
+func (tx *Tx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	rows, err := tx.query(ctx, sql, args)
+	if err != nil {
+		tx.err = err
+		return failedRows{err}, err
+	}
+	return boundRows{rows}, nil
+}
+
+// QueryRow runs a statement and reads its first row; pgx.ErrNoRows when there is none.
+func (tx *Tx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	rows, err := tx.Query(ctx, sql, args...)
+	return oneRow{rows: rows, err: err, tx: tx}
+}
+
+func (tx *Tx) query(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
+	if err := tx.check(sql); err != nil {
+		return nil, err
+	}
+	if tx.access == Single {
+		return tx.single(ctx, sql, args)
+	}
+	if tx.sub == nil {
+		return tx.conn.Conn().Query(ctx, sql, args...)
+	}
+	return tx.bound(ctx, sql, args)
+}
+
+// bound runs a statement in the explicit transaction, by the name that it has on this connection.
+func (tx *Tx) bound(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
+	c := tx.conn.Conn()
+	if tx.group.opts.Statements == Unprepared {
+		return c.Query(ctx, sql, append([]any{pgx.QueryExecModeDescribeExec}, args...)...)
+	}
+	name, err := stateOf(tx.conn).prepare(ctx, c, ownKey{tx.tenant.Number, sql})
+	if err != nil {
+		return nil, err
+	}
+	if name == "" {
+		return c.Query(ctx, sql, append([]any{pgx.QueryExecModeDescribeExec}, args...)...)
+	}
+	return c.Query(ctx, name, args...)
+}
+
+// single sends binding and statement as one implicit transaction when the statement is prepared on the connection;
+// otherwise it opens a transaction, prepares the statement there and runs it.
+func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
+	if tx.sub == nil || tx.group.opts.Statements == Unprepared {
+		if err := tx.begin(ctx); err != nil {
+			return nil, err
+		}
+		if tx.sub == nil {
+			return tx.conn.Conn().Query(ctx, sql, args...)
+		}
+		return tx.bound(ctx, sql, args)
+	}
+	var rows pgx.Rows
+	err := tx.connect(ctx, func(c *pgx.Conn) error {
+		name, ready := stateOf(tx.conn).ready(ownKey{tx.tenant.Number, sql})
+		if !ready {
+			return nil
+		}
+		b := &pgx.Batch{}
+		b.Queue(nameGate, tx.tenant.Number)
+		b.Queue(nameBind, tx.bindArgs()...)
+		b.Queue(name, args...)
+		br := c.SendBatch(ctx, b)
+		for range 2 {
+			if _, err := br.Exec(); err != nil {
+				_ = br.Close() // says the same
+				return err
+			}
+		}
+		tx.batch = br
+		var err error
+		if rows, err = br.Query(); err != nil {
+			tx.batch = nil
+			_ = br.Close() // says the same
+			if outlived(err) {
+				stateOf(tx.conn).stale = true
+			}
+			return err
+		}
+		return nil
+	})
+	if outlived(err) {
+		// The tenant was migrated since the name was prepared; without a name the statement is parsed anew.
+		if err := tx.begin(ctx); err != nil {
+			return nil, err
+		}
+		return tx.conn.Conn().Query(ctx, sql, append([]any{pgx.QueryExecModeDescribeExec}, args...)...)
+	}
+	if err != nil || rows != nil {
+		return rows, err
+	}
+	// The connection is ours and nothing has been sent on it.
+	b := &pgx.Batch{}
+	b.Queue(nameBegin)
+	b.Queue(nameGate, tx.tenant.Number)
+	b.Queue(nameBind, tx.bindArgs()...)
+	err = tx.conn.Conn().SendBatch(ctx, b).Close()
+	tx.begun = tx.conn.Conn().PgConn().TxStatus() != 'I'
+	if err != nil {
+		tx.rollback(ctx)
+		tx.release()
+		if !connectionLost(err) && SQLState(err) != stateGateHeld {
+			return nil, err
+		}
+		if err := tx.begin(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return tx.bound(ctx, sql, args)
+}
+
+// oneRow reads the first row of rows and closes them.
+type oneRow struct {
+	rows pgx.Rows
+	err  error
+	tx   *Tx
+}
+
+func (r oneRow) Scan(dest ...any) error {
+	if r.err != nil {
+		return r.err
+	}
+	defer r.rows.Close()
+	if !r.rows.Next() {
+		if err := r.rows.Err(); err != nil {
+			r.tx.err = err
+			return err
+		}
+		return pgx.ErrNoRows
+	}
+	if err := r.rows.Scan(dest...); err != nil {
+		return err
+	}
+	r.rows.Close()
+	return r.rows.Err()
+}
+
+// failedRows are the rows of a statement that did not run.
+type failedRows struct{ err error }
+
+func (r failedRows) Close()                                       {}
+func (r failedRows) Err() error                                   { return r.err }
+func (r failedRows) CommandTag() pgconn.CommandTag                { return pgconn.CommandTag{} }
+func (r failedRows) FieldDescriptions() []pgconn.FieldDescription { return nil }
+func (r failedRows) Next() bool                                   { return false }
+func (r failedRows) Scan(...any) error                            { return r.err }
+func (r failedRows) Values() ([]any, error)                       { return nil, r.err }
+func (r failedRows) RawValues() [][]byte                          { return nil }
+func (r failedRows) Conn() *pgx.Conn                              { return nil }
+func (r failedRows) TypeMap() *pgtype.Map                         { return nil }
+
+// boundRows keeps the connection from whoever reads the rows.
+type boundRows struct{ pgx.Rows }
+
+func (boundRows) Conn() *pgx.Conn { return nil }

@@ -1,0 +1,12 @@
+// Package schemas holds the SQL that oneo is delivered with, and nothing else: what every group's database holds, the
+// shared tables of the main one, and a tenant's tables. Applied files are never changed; their checksums are in the
+// ledger.
+package schemas
+
+import "embed"
+
+// Files holds the folders group, shared and tenant, each with files named NNNN_name.up.sql and, where a step can be
+// taken back, NNNN_name.down.sql.
+//
+//go:embed group/*.sql shared/*.sql tenant/*.sql
+var Files embed.FS

@@ -1,0 +1,3 @@
+drop table records;
+drop table fields;
+drop table pipelines;
