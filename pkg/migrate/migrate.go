@@ -1,0 +1,427 @@
+// Package migrate brings a schema to a version. There are three sets of migrations: what every group's database holds,
+// the shared tables of the main one, and a tenant's tables.
+//
+// It promises: each step runs in one transaction together with its ledger row, under the tenant's operation lock, so
+// that it is applied exactly once, however many processes try and wherever one is killed; a step whose file was changed
+// after it had been applied anywhere is refused before anything is done; and the question who is behind is one query
+// for each database, whose cost does not grow with the number of tenants.
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Set names one of the three sets of migrations.
+type Set string
+
+const (
+	// GroupSet is what every group's database holds.
+	GroupSet Set = "group"
+	// SharedSet is the registry in the main group's database.
+	SharedSet Set = "shared"
+	// TenantSet is a tenant's tables.
+	TenantSet Set = "tenant"
+)
+
+// Options says where the migrations are. Each is a folder of an fs.FS.
+type Options struct {
+	Files fs.FS // holds the folders group and shared, and tenant unless Tenant is given
+	// Tenant replaces the folder tenant of Files with the root of another file system.
+	Tenant fs.FS
+	// LockWait is how long a step waits for another operation on the same tenant; 0 is 10 seconds.
+	LockWait time.Duration
+}
+
+// Migrator applies migrations through one DB. It is safe for concurrent use.
+type Migrator struct {
+	db       *postgres.DB
+	sets     map[Set][]File
+	lockWait time.Duration
+}
+
+// New loads all migrations.
+func New(db *postgres.DB, o Options) (*Migrator, error) {
+	m := &Migrator{db: db, sets: map[Set][]File{}, lockWait: o.LockWait}
+	if m.lockWait == 0 {
+		m.lockWait = 10 * time.Second
+	}
+	for _, set := range []Set{GroupSet, SharedSet, TenantSet} {
+		fsys, dir := o.Files, string(set)
+		if set == TenantSet && o.Tenant != nil {
+			fsys, dir = o.Tenant, "."
+		}
+		files, err := Load(fsys, dir)
+		if err != nil {
+			return nil, err
+		}
+		m.sets[set] = files
+	}
+	return m, nil
+}
+
+// Head is the newest version of a set.
+func (m *Migrator) Head(set Set) int { return len(m.sets[set]) }
+
+// Files are the migrations of a set, oldest first.
+func (m *Migrator) Files(set Set) []File { return m.sets[set] }
+
+// CreationScript is every tenant migration in one text, for a schema that has just been made.
+func (m *Migrator) CreationScript() string {
+	var b strings.Builder
+	for _, f := range m.sets[TenantSet] {
+		b.WriteString(f.Up)
+		b.WriteString("\n;\n")
+	}
+	return b.String()
+}
+
+// Result is what happened to one schema.
+type Result struct {
+	From, To int
+	Applied  []File
+	Duration time.Duration
+}
+
+const appliedVersion = `select coalesce(max(version), 0) from public.ledger where set = $1 and tenant = $2`
+
+// Shared brings the shared schema to its head: what each group's database holds, main first, then the registry.
+func (m *Migrator) Shared(ctx context.Context) (Result, error) {
+	start := time.Now()
+	var res Result
+	for _, group := range m.db.Groups() {
+		sets := []Set{GroupSet}
+		if group == postgres.MainGroup {
+			sets = []Set{GroupSet, SharedSet}
+		}
+		inst, err := m.db.Installation(ctx, group)
+		if err != nil {
+			return res, err
+		}
+		if _, err := m.contents(ctx, group); err != nil {
+			return res, err
+		}
+		for _, set := range sets {
+			from, applied, err := m.apply(ctx, group, set, 0, func(tx *postgres.OwnerTx) error {
+				const settings = `select pg_catalog.set_config('oneo.app_role', $1, true), pg_catalog.set_config('oneo.logins', $2, true)`
+				_, err := tx.Exec(ctx, settings, inst.AppRole, strings.Join(inst.LoginNames(), ","))
+				return err
+			})
+			res.Applied = append(res.Applied, applied...)
+			if set == SharedSet {
+				res.From, res.To = from, from+len(applied)
+			}
+			if err != nil {
+				res.Duration = time.Since(start)
+				return res, err
+			}
+		}
+	}
+	res.Duration = time.Since(start)
+	return res, nil
+}
+
+// SharedBehind returns nil when the shared schema of every group is at its head, and otherwise a fault of kind Pending
+// that says what to run; a database newer than this binary is Conflict.
+func (m *Migrator) SharedBehind(ctx context.Context) error {
+	for _, group := range m.db.Groups() {
+		heads, err := m.contents(ctx, group)
+		if err != nil {
+			return err
+		}
+		sets := []Set{GroupSet}
+		if group == postgres.MainGroup {
+			sets = append(sets, SharedSet)
+		}
+		for _, set := range sets {
+			if n := m.Head(set) - heads[set]; n > 0 {
+				return fault.New(fault.Pending, "the shared schema of group %s is %d migration(s) behind", group, n).
+					WithCode("shared_behind").WithHint("oneo migrate --shared")
+			}
+		}
+	}
+	return nil
+}
+
+// Tenant brings one tenant to the head of its migrations. It may be suspended; it must have a placement.
+func (m *Migrator) Tenant(ctx context.Context, t tenant.Tenant) (Result, error) {
+	start := time.Now()
+	from, applied, err := m.apply(ctx, t.Group, TenantSet, t.Number, func(tx *postgres.OwnerTx) error {
+		return tx.BindPlaced(ctx, t.Number)
+	})
+	var f *fault.Fault
+	if errors.As(err, &f) && f.Tenant == "" {
+		f.Tenant = t.Slug.String()
+	}
+	return Result{From: from, To: from + len(applied), Applied: applied, Duration: time.Since(start)}, err
+}
+
+// apply runs what is missing of a set, each step in a transaction of its own. prepare binds that transaction.
+func (m *Migrator) apply(ctx context.Context, group string, set Set, number int32, prepare func(*postgres.OwnerTx) error) (from int, applied []File, err error) {
+	from = -1
+	for {
+		var step *File
+		if err := failpoint.Hit("migrate.before"); err != nil {
+			return max(from, 0), applied, err
+		}
+		err := m.retryLocks(ctx, func() error {
+			step = nil
+			return m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+				var at int
+				if err := tx.QueryRow(ctx, appliedVersion, string(set), number).Scan(&at); err != nil {
+					return err
+				}
+				if at >= m.Head(set) { // nothing to do needs no lock
+					from = max(from, at-len(applied))
+					return nil
+				}
+				if err := tx.LockOperation(ctx, number, m.lockWait); err != nil {
+					return err
+				}
+				// Somebody else may have applied it while we waited for the lock.
+				if err := tx.QueryRow(ctx, appliedVersion, string(set), number).Scan(&at); err != nil {
+					return err
+				}
+				if from < 0 {
+					from = at
+				}
+				if at >= m.Head(set) {
+					return nil
+				}
+				next := m.sets[set][at]
+				if err := prepare(tx); err != nil {
+					return err
+				}
+				if err := m.step(ctx, tx, set, number, next); err != nil {
+					return err
+				}
+				step = &next
+				return nil
+			})
+		})
+		if err != nil {
+			return max(from, 0), applied, err
+		}
+		if err := failpoint.Hit("migrate.after"); err != nil {
+			return max(from, 0), applied, err
+		}
+		if step == nil {
+			return max(from, 0), applied, nil
+		}
+		applied = append(applied, *step)
+	}
+}
+
+// step runs one file and writes its ledger row, in the transaction that it is given.
+func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, number int32, f File) error {
+	start := time.Now()
+	if err := tx.Script(ctx, f.Up); err != nil {
+		return failed(err, f)
+	}
+	if err := failpoint.Hit("migrate.applied"); err != nil {
+		return err
+	}
+	return Record(ctx, tx, set, number, []File{f}, time.Since(start))
+}
+
+// Record writes the ledger rows of files that have been applied in the same transaction, and moves the tenant's
+// placement to their version.
+func Record(ctx context.Context, q postgres.Querier, set Set, number int32, files []File, took time.Duration) error {
+	const insert = `insert into public.ledger (set, tenant, version, name, checksum, duration_ms)
+select $1, $2, v, n, c, $6 from unnest($3::int4[], $4::text[], $5::bytea[]) as f (v, n, c)`
+	versions, names, sums := make([]int32, len(files)), make([]string, len(files)), make([][]byte, len(files))
+	for i, f := range files {
+		versions[i], names[i], sums[i] = int32(f.Version), f.Name, f.Checksum[:]
+	}
+	if _, err := q.Exec(ctx, insert, string(set), number, versions, names, sums, int32(took.Milliseconds())); err != nil {
+		return err
+	}
+	if set != TenantSet || len(files) == 0 {
+		return nil
+	}
+	const move = `update public.placements set version = $2, updated_at = now() where number = $1`
+	_, err := q.Exec(ctx, move, number, files[len(files)-1].Version)
+	return err
+}
+
+// failed says which migration and which statement failed.
+func failed(err error, f File) error {
+	var pe *pgconn.PgError
+	line := 0
+	if errors.As(err, &pe) && pe.Position > 0 {
+		line = 1 + strings.Count(string([]rune(f.Up)[:min(int(pe.Position)-1, len([]rune(f.Up)))]), "\n")
+	}
+	if pe == nil || strings.HasPrefix(pe.Code, "55P03") || strings.HasPrefix(pe.Code, "40P01") || pe.Code == "57P01" {
+		return fmt.Errorf("migration %s: %w", f, err)
+	}
+	where := ""
+	if line > 0 {
+		where = fmt.Sprintf(" in line %d", line)
+	}
+	return fault.Wrap(err, fault.Unfit, "migration %s failed%s (SQLSTATE %s); the schema stays as it was", f, where, pe.Code).
+		WithCode("migration_failed").WithHint("mend the data or the file, then run the same command again")
+}
+
+// retryLocks runs fn again, a few times, when a lock was not to be had or PostgreSQL broke a deadlock.
+func (m *Migrator) retryLocks(ctx context.Context, fn func() error) error {
+	for attempt := 0; ; attempt++ {
+		err := fn()
+		code := postgres.SQLState(err)
+		if attempt >= 4 || ctx.Err() != nil || code != "55P03" && code != "40P01" {
+			return err
+		}
+		timer := time.NewTimer(time.Duration(50<<attempt) * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return err
+		}
+	}
+}
+
+// Behind is a placement that lacks migrations.
+type Behind struct {
+	Number  int32
+	Version int
+}
+
+// contentsQuery reads each (set, version, checksum) that was ever applied, skipping through the index, so that its cost
+// grows with the number of files and not of tenants; and who is behind, through an index on the version.
+const contentsQuery = `
+with recursive applied as (
+    (select l.set, l.version, l.checksum from public.ledger l order by l.set, l.version, l.checksum limit 1)
+    union all
+    select n.set, n.version, n.checksum from applied a cross join lateral (
+        select l.set, l.version, l.checksum from public.ledger l
+        where (l.set, l.version, l.checksum) > (a.set, a.version, a.checksum)
+        order by l.set, l.version, l.checksum limit 1) n
+)
+select a.set, a.version, a.checksum, 0 from applied a`
+
+const behindQuery = contentsQuery + `
+union all
+select 'behind', p.version, null, p.number from public.placements p where p.state <> 'dropped' and p.version < $1`
+
+// TenantsBehind lists the tenants of a group that lack migrations, in one query. It refuses files that were changed
+// after they had been applied.
+func (m *Migrator) TenantsBehind(ctx context.Context, group string) ([]Behind, error) {
+	var behind []Behind
+	_, err := m.readContents(ctx, group, behindQuery, []any{m.Head(TenantSet)}, func(b Behind) { behind = append(behind, b) })
+	return behind, err
+}
+
+// contents returns the newest version applied anywhere of each set, and refuses changed files.
+func (m *Migrator) contents(ctx context.Context, group string) (map[Set]int, error) {
+	return m.readContents(ctx, group, contentsQuery, nil, func(Behind) {})
+}
+
+func (m *Migrator) readContents(ctx context.Context, group, sql string, args []any, behind func(Behind)) (map[Set]int, error) {
+	if _, err := m.db.Installation(ctx, group); err != nil {
+		return nil, err
+	}
+	heads := map[Set]int{}
+	err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		rows, err := tx.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		var set string
+		var version int
+		var sum []byte
+		var number int32
+		_, err = pgx.ForEachRow(rows, []any{&set, &version, &sum, &number}, func() error {
+			if set == "behind" {
+				behind(Behind{Number: number, Version: version})
+				return nil
+			}
+			heads[Set(set)] = max(heads[Set(set)], version)
+			return m.sameContent(Set(set), version, sum)
+		})
+		return err
+	})
+	if err != nil && postgres.SQLState(err) == "42P01" {
+		return nil, fault.Wrap(err, fault.Pending, "the shared schema of group %s has not been made", group).
+			WithCode("shared_behind").WithHint("oneo migrate --shared")
+	}
+	return heads, err
+}
+
+// sameContent refuses a file that differs from what was applied under its number.
+func (m *Migrator) sameContent(set Set, version int, sum []byte) error {
+	files := m.sets[set]
+	if version > len(files) {
+		return fault.New(fault.Conflict, "the database is at version %d of the %s migrations; this binary knows %d", version, set, len(files)).
+			WithCode("newer_database").WithHint("use the newer oneo, or the folder of migrations that made it")
+	}
+	if f := files[version-1]; string(f.Checksum[:]) != string(sum) {
+		return fault.New(fault.Conflict, "migration %s (%s) was changed after it had been applied", f, set).
+			WithCode("edited_migration").WithHint("restore the file as it was and write a new migration for the change")
+	}
+	return nil
+}
+
+// VersionCount is how many tenants of a group stand at a version.
+type VersionCount struct {
+	Group   string `json:"group"`
+	Version int    `json:"version"`
+	Tenants int    `json:"tenants"`
+}
+
+// Status is where the fleet stands.
+type Status struct {
+	Head     int
+	Versions []VersionCount
+	// Missing are the numbers of tenants whose schema was dropped, or dropped and made again, behind oneo's back.
+	Missing []int32
+}
+
+// Status reads where every tenant stands, without opening one.
+func (m *Migrator) Status(ctx context.Context) (Status, error) {
+	st := Status{Head: m.Head(TenantSet)}
+	for _, group := range m.db.Groups() {
+		if _, err := m.contents(ctx, group); err != nil {
+			return st, err
+		}
+		err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+			const counts = `select version, count(*) from public.placements where state <> 'dropped' group by version order by version desc`
+			rows, err := tx.Query(ctx, counts)
+			if err != nil {
+				return err
+			}
+			vc := VersionCount{Group: group}
+			if _, err := pgx.ForEachRow(rows, []any{&vc.Version, &vc.Tenants}, func() error {
+				st.Versions = append(st.Versions, vc)
+				return nil
+			}); err != nil {
+				return err
+			}
+			const missing = `select p.number from public.placements p
+left join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema
+where n.oid is null and p.state <> 'dropped' order by p.number`
+			rows, err = tx.Query(ctx, missing)
+			if err != nil {
+				return err
+			}
+			numbers, err := pgx.CollectRows(rows, pgx.RowTo[int32])
+			st.Missing = append(st.Missing, numbers...)
+			return err
+		})
+		if err != nil {
+			return st, err
+		}
+	}
+	return st, nil
+}
