@@ -1,0 +1,440 @@
+// Package registry reads and writes the shared tables: tenants, domains, groups, operations and the audit trail. It
+// opens no transactions: each function works in the one that its caller holds on the main database, as the app role or
+// the owner. What changes a tenant's placement is in provision; here is only what is one row's business.
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+const tenantColumns = `t.number, t.id::text, t.slug, t.schema, t.name, t.group_name, t.state, t.epoch, t.cache_generation, t.created_at, coalesce(p.host, '')`
+
+const fromTenants = ` from public.tenants t left join public.domains p on p.tenant = t.number and p.is_primary`
+
+// scanTenant reads tenantColumns. The words are parsed again: a row that somebody wrote past oneo is an error here and
+// never an identifier elsewhere.
+func scanTenant(row pgx.Row) (tenant.Tenant, error) {
+	var t tenant.Tenant
+	var slug, schema, state, host string
+	err := row.Scan(&t.Number, &t.ID, &slug, &schema, &t.Name, &t.Group, &state, &t.Epoch, &t.CacheGeneration, &t.CreatedAt, &host)
+	if err != nil {
+		return tenant.Tenant{}, err
+	}
+	if t.Slug, err = tenant.ParseSlug(slug); err != nil {
+		return tenant.Tenant{}, fmt.Errorf("tenant %d in the registry: %w", t.Number, err)
+	}
+	if t.Schema, err = tenant.ParseSchema(schema); err != nil {
+		return tenant.Tenant{}, fmt.Errorf("tenant %d in the registry: %w", t.Number, err)
+	}
+	if t.State, err = tenant.ParseState(state); err != nil {
+		return tenant.Tenant{}, fmt.Errorf("tenant %d in the registry: %w", t.Number, err)
+	}
+	if host != "" {
+		if t.Primary, err = tenant.ParseHost(host); err != nil {
+			return tenant.Tenant{}, fmt.Errorf("tenant %d in the registry: %w", t.Number, err)
+		}
+	}
+	return t, nil
+}
+
+func collectTenants(rows pgx.Rows, err error) ([]tenant.Tenant, error) {
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (tenant.Tenant, error) { return scanTenant(row) })
+}
+
+// BySlug finds a tenant that has not been purged. NotFound: the hint lists names that look like it.
+func BySlug(ctx context.Context, q postgres.Querier, slug tenant.Slug) (tenant.Tenant, error) {
+	const bySlug = `select ` + tenantColumns + fromTenants + ` where t.slug = $1 and t.state <> 'purged'`
+	t, err := scanTenant(q.QueryRow(ctx, bySlug, slug.String()))
+	if errors.Is(err, pgx.ErrNoRows) {
+		return t, unknown(ctx, q, slug.String())
+	}
+	return t, err
+}
+
+// ByNumber finds a tenant, purged or not.
+func ByNumber(ctx context.Context, q postgres.Querier, number int32) (tenant.Tenant, error) {
+	const byNumber = `select ` + tenantColumns + fromTenants + ` where t.number = $1`
+	t, err := scanTenant(q.QueryRow(ctx, byNumber, number))
+	if errors.Is(err, pgx.ErrNoRows) {
+		return t, fault.New(fault.NotFound, "there is no tenant number %d", number).WithCode("unknown_tenant")
+	}
+	return t, err
+}
+
+// ByNumbers finds tenants by their numbers, in the order of their slugs.
+func ByNumbers(ctx context.Context, q postgres.Querier, numbers []int32) ([]tenant.Tenant, error) {
+	const byNumbers = `select ` + tenantColumns + fromTenants + ` where t.number = any($1) order by t.slug`
+	return collectTenants(q.Query(ctx, byNumbers, numbers))
+}
+
+// ByHost finds the tenant of a domain, whatever its state. NotFound: no tenant has it.
+func ByHost(ctx context.Context, q postgres.Querier, host tenant.Host) (tenant.Tenant, error) {
+	const byHost = `select ` + tenantColumns + fromTenants + ` join public.domains d on d.tenant = t.number where d.host = $1`
+	t, err := scanTenant(q.QueryRow(ctx, byHost, host.String()))
+	if errors.Is(err, pgx.ErrNoRows) {
+		return t, fault.New(fault.NotFound, "no tenant has the host %s", host).WithCode("unknown_host")
+	}
+	return t, err
+}
+
+// Filter selects tenants. The zero Filter selects all that have not been purged.
+type Filter struct {
+	Names   []string // slugs or globs (* and ?); none: all
+	Exclude []string // slugs or globs; wins over Names
+	States  []tenant.State
+	Group   string
+	After   string // slugs behind this one only, for paging
+	Limit   int    // 0: no limit
+}
+
+// List reads the tenants that a filter selects, in the order of their slugs. A name without * or ? that no tenant has
+// is NotFound with the names that look like it; a name that is excluded or in another state is simply not selected.
+func List(ctx context.Context, q postgres.Querier, f Filter) ([]tenant.Tenant, error) {
+	for _, pattern := range slices.Concat(f.Names, f.Exclude) {
+		if _, err := path.Match(pattern, ""); err != nil || strings.ContainsAny(pattern, `\`) || pattern == "" {
+			return nil, fault.New(fault.Invalid, "%q is no tenant name and no pattern", pattern).WithCode("bad_pattern").
+				WithHint("use a name, or * and ? as in 'acme-*'")
+		}
+	}
+	const list = `select ` + tenantColumns + fromTenants + `
+where t.state <> 'purged'
+  and (cardinality($1::text[]) = 0 or t.slug like any($1::text[]))
+  and not t.slug like any($2::text[])
+  and (cardinality($3::text[]) = 0 or t.state = any($3))
+  and ($4 = '' or t.group_name = $4)
+  and t.slug > $5
+order by t.slug limit nullif($6::int, 0)`
+	states := make([]string, len(f.States))
+	for i, s := range f.States {
+		states[i] = string(s)
+	}
+	found, err := collectTenants(q.Query(ctx, list, likes(f.Names), likes(f.Exclude), states, f.Group, f.After, f.Limit))
+	if err != nil {
+		return nil, err
+	}
+	return found, missingNames(ctx, q, f.Names, found)
+}
+
+// likes turns globs into LIKE patterns. A slug holds neither % nor _ nor a backslash.
+func likes(globs []string) []string {
+	out := make([]string, len(globs))
+	for i, g := range globs {
+		out[i] = strings.NewReplacer(`%`, `\%`, `_`, `\_`, `*`, `%`, `?`, `_`).Replace(g)
+	}
+	return out
+}
+
+func missingNames(ctx context.Context, q postgres.Querier, names []string, found []tenant.Tenant) error {
+	have := map[string]bool{}
+	for _, t := range found {
+		have[t.Slug.String()] = true
+	}
+	var missing []string
+	for _, n := range names {
+		if !strings.ContainsAny(n, "*?") && !have[n] {
+			missing = append(missing, n)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	const existing = `select slug from public.tenants where slug = any($1) and state <> 'purged'`
+	rows, err := q.Query(ctx, existing, missing)
+	if err != nil {
+		return err
+	}
+	there, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	for _, n := range missing {
+		if !slices.Contains(there, n) {
+			return unknown(ctx, q, n)
+		}
+	}
+	return nil
+}
+
+// unknown is the fault for a name that no tenant has, with up to five names that look like it.
+func unknown(ctx context.Context, q postgres.Querier, name string) error {
+	f := fault.New(fault.NotFound, "there is no tenant %q", name).WithCode("unknown_tenant").WithTenant(name)
+	const near = `select slug from public.tenants where state <> 'purged'
+order by (left(slug, 2) = left($1, 2)) desc, abs(length(slug) - length($1)), slug limit 500`
+	rows, err := q.Query(ctx, near, name)
+	if err != nil {
+		return err
+	}
+	slugs, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	var like []string
+	for _, s := range slugs {
+		if strings.HasPrefix(s, name) || distance(s, name) <= max(1, len(name)/3) {
+			if like = append(like, s); len(like) == 5 {
+				break
+			}
+		}
+	}
+	if len(like) > 0 {
+		return f.WithHint("did you mean %s? `oneo tenant list` shows all", strings.Join(like, ", "))
+	}
+	return f.WithHint("`oneo tenant list` shows all")
+}
+
+// distance is the number of single edits between two short words (Levenshtein).
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			diagonal, row[j+1] = row[j+1], min(row[j]+1, row[j+1]+1, diagonal+cost)
+		}
+	}
+	return row[len(b)]
+}
+
+// Settings reads a tenant's settings: a JSON object whose member "public" anybody may see.
+func Settings(ctx context.Context, q postgres.Querier, t tenant.Tenant) (json.RawMessage, error) {
+	var s json.RawMessage
+	err := q.QueryRow(ctx, `select settings from public.tenants where number = $1`, t.Number).Scan(&s)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, fault.New(fault.NotFound, "there is no tenant %q", t.Slug).WithCode("unknown_tenant")
+	}
+	return s, err
+}
+
+// MaxSettingsBytes bounds a tenant's settings.
+const MaxSettingsBytes = 64 << 10
+
+// SetSettings replaces a tenant's settings if they are still as the caller read them; Stale: they are not. The caller
+// computes the new value, so that all of oneo merges JSON in one place.
+func SetSettings(ctx context.Context, q postgres.Querier, t tenant.Tenant, old, settings json.RawMessage) error {
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(settings, &object); err != nil || object == nil {
+		return fault.New(fault.Unfit, "settings must be a JSON object").WithCode("settings")
+	}
+	if len(settings) > MaxSettingsBytes {
+		return fault.New(fault.TooLarge, "settings may have at most %d bytes", MaxSettingsBytes).WithCode("settings")
+	}
+	const set = `update public.tenants set settings = $3, updated_at = now() where number = $1 and settings = $2`
+	tag, err := q.Exec(ctx, set, t.Number, old, settings)
+	if err == nil && tag.RowsAffected() == 0 {
+		return fault.New(fault.Stale, "the settings were changed in between").WithCode("stale")
+	}
+	return err
+}
+
+// MergeSettings applies a merge patch (RFC 7396) to a tenant's settings and returns the result.
+func MergeSettings(ctx context.Context, q postgres.Querier, t tenant.Tenant, patch json.RawMessage) (json.RawMessage, error) {
+	p, err := object(patch)
+	if err != nil {
+		return nil, fault.New(fault.Unfit, "settings must be a JSON object").WithCode("settings")
+	}
+	old, err := Settings(ctx, q, t)
+	if err != nil {
+		return nil, err
+	}
+	current, err := object(old)
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	merged, err := json.Marshal(merge(current, p))
+	if err != nil {
+		return nil, fmt.Errorf("write settings: %w", err)
+	}
+	return merged, SetSettings(ctx, q, t, old, merged)
+}
+
+// object reads a JSON object and keeps its numbers as they are written.
+func object(raw json.RawMessage) (map[string]any, error) {
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber()
+	var o map[string]any
+	if err := d.Decode(&o); err != nil {
+		return nil, err
+	}
+	if o == nil {
+		return nil, errors.New("not an object")
+	}
+	return o, nil
+}
+
+func merge(target, patch map[string]any) map[string]any {
+	if target == nil {
+		target = map[string]any{}
+	}
+	for k, v := range patch {
+		switch v := v.(type) {
+		case nil:
+			delete(target, k)
+		case map[string]any:
+			inner, _ := target[k].(map[string]any)
+			target[k] = merge(inner, v)
+		default:
+			target[k] = v
+		}
+	}
+	return target
+}
+
+// FlushCache raises the generation that is part of each of the tenant's cache keys.
+func FlushCache(ctx context.Context, q postgres.Querier, t tenant.Tenant) error {
+	const flush = `update public.tenants set cache_generation = cache_generation + 1, updated_at = now() where number = $1`
+	_, err := q.Exec(ctx, flush, t.Number)
+	return err
+}
+
+// Group is one database group as the registry knows it.
+type Group struct {
+	Name       string
+	MaxTenants *int
+	Accepting  bool
+	Tenants    int
+}
+
+// Groups reads the groups with the number of their tenants.
+func Groups(ctx context.Context, q postgres.Querier) ([]Group, error) {
+	const groups = `select g.name, g.max_tenants, g.accepting,
+	(select count(*) from public.tenants t where t.group_name = g.name and t.state <> 'purged')
+from public.groups g order by g.name`
+	rows, err := q.Query(ctx, groups)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (Group, error) {
+		var g Group
+		return g, row.Scan(&g.Name, &g.MaxTenants, &g.Accepting, &g.Tenants)
+	})
+}
+
+// Domain is one host of a tenant.
+type Domain struct {
+	Host      tenant.Host
+	Primary   bool
+	CreatedAt time.Time
+}
+
+// Domains reads a tenant's domains: the primary one first.
+func Domains(ctx context.Context, q postgres.Querier, t tenant.Tenant) ([]Domain, error) {
+	const domains = `select host, is_primary, created_at from public.domains where tenant = $1 order by is_primary desc, host`
+	rows, err := q.Query(ctx, domains, t.Number)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (Domain, error) {
+		var d Domain
+		var host string
+		if err := row.Scan(&host, &d.Primary, &d.CreatedAt); err != nil {
+			return d, err
+		}
+		d.Host, err = tenant.ParseHost(host)
+		return d, err
+	})
+}
+
+// AddDomain gives a host to a tenant. Conflict: another tenant has it, or it is held back for the tenant that had it
+// last. With primary the former primary domain becomes an ordinary one. Adding a host that the tenant has already
+// changes nothing but primary.
+func AddDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host, primary bool) error {
+	const held = `select tenant <> $2 from public.domain_holds where host = $1 and held_until > now()`
+	var other bool
+	if err := q.QueryRow(ctx, held, host.String(), t.Number).Scan(&other); err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return err
+	}
+	if other {
+		return fault.New(fault.Conflict, "%s was another tenant's a short while ago and is held back", host).
+			WithCode("domain_held").WithHint("it is free again after tenancy.domain_hold")
+	}
+	const add = `insert into public.domains (host, tenant) values ($1, $2)
+on conflict (host) do update set tenant = domains.tenant where domains.tenant = excluded.tenant`
+	tag, err := q.Exec(ctx, add, host.String(), t.Number)
+	if err != nil {
+		return err
+	}
+	if tag.RowsAffected() == 0 {
+		return fault.New(fault.Conflict, "%s belongs to another tenant", host).WithCode("domain_taken")
+	}
+	const release = `delete from public.domain_holds where host = $1 and tenant = $2`
+	if _, err := q.Exec(ctx, release, host.String(), t.Number); err != nil {
+		return err
+	}
+	if primary {
+		return SetPrimary(ctx, q, t, host)
+	}
+	const first = `update public.domains set is_primary = true where host = $1 and not exists (
+	select from public.domains d where d.tenant = $2 and d.is_primary)`
+	_, err = q.Exec(ctx, first, host.String(), t.Number)
+	return err
+}
+
+// SetPrimary makes one of the tenant's hosts its canonical one. NotFound: the tenant does not have it.
+func SetPrimary(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host) error {
+	// The tenant's row serialises two callers, which would otherwise meet in the unique index.
+	if _, err := q.Exec(ctx, `select from public.domains where tenant = $1 order by host for update`, t.Number); err != nil {
+		return err
+	}
+	const demote = `update public.domains set is_primary = false where tenant = $1 and is_primary and host <> $2`
+	if _, err := q.Exec(ctx, demote, t.Number, host.String()); err != nil {
+		return err
+	}
+	tag, err := q.Exec(ctx, `update public.domains set is_primary = true where tenant = $1 and host = $2`, t.Number, host.String())
+	if err == nil && tag.RowsAffected() == 0 {
+		return fault.New(fault.NotFound, "the tenant %s does not have the domain %s", t.Slug, host).WithCode("unknown_domain").
+			WithHint("oneo domain list %s", t.Slug)
+	}
+	return err
+}
+
+// RemoveDomain takes a host from a tenant and holds it back for as long as hold, so that no other tenant takes over
+// what bookmarks and mails point at. The primary domain stays as long as there are others (Conflict).
+func RemoveDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host, hold time.Duration) error {
+	domains, err := Domains(ctx, q, t)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(domains, func(d Domain) bool { return d.Host == host })
+	if i < 0 {
+		return fault.New(fault.NotFound, "the tenant %s does not have the domain %s", t.Slug, host).WithCode("unknown_domain").
+			WithHint("oneo domain list %s", t.Slug)
+	}
+	if domains[i].Primary && len(domains) > 1 {
+		return fault.New(fault.Conflict, "%s is the primary domain", host).WithCode("primary_domain").
+			WithHint("oneo domain primary %s ANOTHER", t.Slug)
+	}
+	if _, err := q.Exec(ctx, `delete from public.domains where host = $1 and tenant = $2`, host.String(), t.Number); err != nil {
+		return err
+	}
+	if hold <= 0 {
+		return nil
+	}
+	const keep = `insert into public.domain_holds (host, tenant, held_until) values ($1, $2, now() + $3::interval)
+on conflict (host) do update set tenant = excluded.tenant, held_until = excluded.held_until`
+	_, err = q.Exec(ctx, keep, host.String(), t.Number, hold)
+	return err
+}
