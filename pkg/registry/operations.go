@@ -31,8 +31,9 @@ type Operation struct {
 	Number     *int32          `json:"-"`
 	Slug       string          `json:"tenant"`
 	State      string          `json:"state"`
+	Begun      bool            `json:"-"` // its first step is committed
 	Actor      string          `json:"actor"`
-	Request    json.RawMessage `json:"request"` // never holds a password; a first user's hash is shown to nobody
+	Request    json.RawMessage `json:"-"` // holds a first user's password hash until the operation ends
 	Result     json.RawMessage `json:"result,omitempty"`
 	Error      json.RawMessage `json:"error,omitempty"`
 	Attempts   int             `json:"attempts"`
@@ -41,12 +42,12 @@ type Operation struct {
 	FinishedAt *time.Time      `json:"finished_at,omitempty"`
 }
 
-const operationColumns = `id, kind, tenant, slug, state, actor, request, result, error, attempts, created_at, started_at, finished_at`
+const operationColumns = `id, kind, tenant, slug, state, step = 'begun', actor, request, result, error, attempts, created_at, started_at, finished_at`
 
 // scanOperation reads operationColumns.
 func scanOperation(row pgx.Row) (Operation, error) {
 	var o Operation
-	err := row.Scan(&o.ID, &o.Kind, &o.Number, &o.Slug, &o.State, &o.Actor, &o.Request, &o.Result, &o.Error,
+	err := row.Scan(&o.ID, &o.Kind, &o.Number, &o.Slug, &o.State, &o.Begun, &o.Actor, &o.Request, &o.Result, &o.Error,
 		&o.Attempts, &o.CreatedAt, &o.StartedAt, &o.FinishedAt)
 	return o, err
 }
@@ -66,7 +67,7 @@ values ($1, $2, $3, 'queued', $4, $5) returning ` + operationColumns
 	return scanOperation(q.QueryRow(ctx, insert, id, kind, slug, body, actor))
 }
 
-// Begin enters an operation that its caller carries out itself.
+// Begin enters an operation that its caller carries out itself, in the transaction of its first step.
 func Begin(ctx context.Context, q postgres.Querier, kind string, t tenant.Tenant, actor string, request any) (Operation, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -76,8 +77,8 @@ func Begin(ctx context.Context, q postgres.Querier, kind string, t tenant.Tenant
 	if err != nil {
 		return Operation{}, err
 	}
-	const insert = `insert into public.operations (id, kind, tenant, slug, state, request, actor, attempts, started_at, heartbeat)
-values ($1, $2, $3, $4, 'running', $5, $6, 1, now(), now()) returning ` + operationColumns
+	const insert = `insert into public.operations (id, kind, tenant, slug, state, step, request, actor, attempts, started_at, heartbeat)
+values ($1, $2, $3, $4, 'running', 'begun', $5, $6, 1, now(), now()) returning ` + operationColumns
 	return scanOperation(q.QueryRow(ctx, insert, id, kind, t.Number, t.Slug.String(), body, actor))
 }
 
@@ -86,6 +87,21 @@ func Start(ctx context.Context, q postgres.Querier, id uuid.UUID, number int32) 
 	const start = `update public.operations set state = 'running', tenant = $2, attempts = attempts + 1,
 	started_at = coalesce(started_at, now()), heartbeat = now() where id = $1 and state in ('queued', 'running')`
 	return oneRow(q.Exec(ctx, start, id, number))
+}
+
+// MarkBegun notes, in the transaction of an operation's first step, that the step is made.
+func MarkBegun(ctx context.Context, q postgres.Querier, id uuid.UUID, request any) error {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return fmt.Errorf("write request: %w", err)
+	}
+	return oneRow(q.Exec(ctx, `update public.operations set step = 'begun', request = $2 where id = $1 and state = 'running'`, id, body))
+}
+
+// Beat says that the operation's process is alive.
+func Beat(ctx context.Context, q postgres.Querier, id uuid.UUID) error {
+	_, err := q.Exec(ctx, `update public.operations set heartbeat = now() where id = $1 and state = 'running'`, id)
+	return err
 }
 
 // Finish ends an operation well.

@@ -60,6 +60,8 @@ create table public.operations (
     slug        text not null default '',
     -- queued: to be claimed by a worker; running: begun; done and failed are final.
     state       text not null check (state in ('queued', 'running', 'done', 'failed')),
+    -- 'begun' once its first step is committed: a resumed operation goes on behind it.
+    step        text not null default '' check (step in ('', 'begun')),
     request     jsonb not null default '{}',
     result      jsonb,
     error       jsonb,

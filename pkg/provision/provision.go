@@ -1,0 +1,340 @@
+// Package provision creates, suspends, resumes, renames, drops, undrops and purges tenants.
+//
+// It promises: where one database holds registry and schema, a change is one transaction; where there are two, it is
+// an operation whose steps can be repeated, and that the same command or a server's worker resumes wherever it was
+// killed. Two changes of one tenant never mix: they take its operation lock. A change of what requests see takes the
+// tenant's gate, so that no request sees half of it and none writes behind it. Dropping keeps the data for a grace
+// period; only Purge destroys.
+package provision
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Options is what a Provisioner needs.
+type Options struct {
+	DB         *postgres.DB
+	Migrate    *migrate.Migrator
+	BaseDomain tenant.Host   // a tenant's default domain is <slug>.<base>
+	DropGrace  time.Duration // how long a dropped tenant is kept
+	DomainHold time.Duration // how long a removed domain is held back from other tenants
+	// GateWait is how long a change waits, in all, for a tenant's requests in flight; 0 is 10 seconds.
+	GateWait time.Duration
+	// Changed is called after a tenant's placement, hosts or state have changed, with every host it had or has: the
+	// caches forget them. May be nil.
+	Changed func(ctx context.Context, t tenant.Tenant, hosts []tenant.Host)
+	Logger  *slog.Logger
+}
+
+// Provisioner changes tenants. It is safe for concurrent use.
+type Provisioner struct {
+	o    Options
+	wake chan struct{}
+}
+
+// New checks the options.
+func New(o Options) (*Provisioner, error) {
+	if o.DB == nil || o.Migrate == nil || o.Logger == nil || o.BaseDomain.IsZero() {
+		return nil, errors.New("provision: DB, Migrate, BaseDomain and Logger must be given")
+	}
+	if o.GateWait == 0 {
+		o.GateWait = 10 * time.Second
+	}
+	if o.Changed == nil {
+		o.Changed = func(context.Context, tenant.Tenant, []tenant.Host) {}
+	}
+	return &Provisioner{o: o, wake: make(chan struct{}, 1)}, nil
+}
+
+// Kinds of operations.
+const (
+	KindCreate  = "tenant.create"
+	KindSuspend = "tenant.suspend"
+	KindResume  = "tenant.resume"
+	KindRename  = "tenant.rename"
+	KindDrop    = "tenant.drop"
+	KindUndrop  = "tenant.undrop"
+	KindPurge   = "tenant.purge"
+)
+
+// change is one structural change of one tenant. Where one database holds everything, begin, schema and finish run in
+// one transaction; otherwise each in its own, the first and the last in the registry's database.
+type change struct {
+	kind   string
+	point  string // prefix of its failpoints
+	tenant tenant.Tenant
+	actor  string
+	// request is what a resumed operation is made from again.
+	request any
+	details any // of the audit row
+
+	begin  func(ctx context.Context, q postgres.Querier) error   // may be nil
+	schema func(ctx context.Context, tx *postgres.OwnerTx) error // must be safe to repeat
+	finish func(ctx context.Context, q postgres.Querier) error   // must be safe to repeat
+	undo   func(ctx context.Context, q postgres.Querier) error   // takes begin back when schema cannot succeed; may be nil
+}
+
+// run carries a change out, as the operation op where it already is one, and returns the tenant as it is then.
+func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation) (tenant.Tenant, error) {
+	if err := failpoint.Hit(c.point + ".before"); err != nil {
+		return tenant.Tenant{}, err
+	}
+	hosts := map[tenant.Host]bool{}
+	var after tenant.Tenant
+	collect := func(q postgres.Querier) error {
+		domains, err := registry.Domains(ctx, q, c.tenant)
+		for _, d := range domains {
+			hosts[d.Host] = true
+		}
+		return err
+	}
+	begin := func(tx *postgres.OwnerTx) error {
+		if err := collect(tx); err != nil {
+			return err
+		}
+		if c.begin != nil {
+			if err := c.begin(ctx, tx); err != nil {
+				return err
+			}
+		}
+		return failpoint.Hit(c.point + ".started")
+	}
+	schema := func(tx *postgres.OwnerTx) error {
+		if err := tx.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
+			return err
+		}
+		if err := c.schema(ctx, tx); err != nil {
+			return err
+		}
+		return failpoint.Hit(c.point + ".schema")
+	}
+	finish := func(tx *postgres.OwnerTx) error {
+		if err := c.finish(ctx, tx); err != nil {
+			return err
+		}
+		var err error
+		if after, err = registry.ByNumber(ctx, tx, c.tenant.Number); err != nil {
+			return err
+		}
+		if err := collect(tx); err != nil {
+			return err
+		}
+		if err := registry.Audit(ctx, tx, registry.AuditEntry{Actor: c.actor, Action: c.kind, Tenant: after, Details: c.details}); err != nil {
+			return err
+		}
+		if op != nil {
+			if err := registry.Finish(ctx, tx, op.ID, map[string]string{"tenant": after.Slug.String(), "state": string(after.State)}); err != nil {
+				return err
+			}
+		}
+		return failpoint.Hit(c.point + ".finish")
+	}
+
+	var err error
+	if p.o.DB.SameDatabase(c.tenant.Group) {
+		err = p.patiently(ctx, func() error {
+			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+				if err := p.exclude(ctx, tx, c, op); err != nil {
+					return err
+				}
+				for _, step := range []func(*postgres.OwnerTx) error{begin, schema, unbound(ctx), finish} {
+					if err := step(tx); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		})
+	} else {
+		err = p.runApart(ctx, c, &op, begin, schema, finish)
+	}
+	if err != nil {
+		return tenant.Tenant{}, p.named(err, c)
+	}
+	all := make([]tenant.Host, 0, len(hosts))
+	for h := range hosts {
+		all = append(all, h)
+	}
+	p.o.Changed(context.WithoutCancel(ctx), after, all)
+	return after, failpoint.Hit(c.point + ".after")
+}
+
+// unbound empties the search path that a step may have set: what follows is on the shared tables.
+func unbound(ctx context.Context) func(*postgres.OwnerTx) error {
+	return func(tx *postgres.OwnerTx) error { return tx.Script(ctx, "set local search_path to ''") }
+}
+
+// exclude refuses a change while another process's operation on the tenant is unfinished.
+func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c change, op *registry.Operation) error {
+	open, found, err := registry.Open(ctx, tx, c.tenant.Number)
+	if err != nil || !found || op != nil && open.ID == op.ID {
+		return err
+	}
+	return fault.New(fault.Locked, "the operation %s (%s) on this tenant has not ended", open.ID, open.Kind).
+		WithCode("operation_running").WithHint("it is resumed by running its command again, or by `oneo serve`")
+}
+
+// runApart carries a change out whose schema lies in another database than the registry.
+func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Operation, begin, schema, finish func(*postgres.OwnerTx) error) error {
+	inMain := func(steps ...func(*postgres.OwnerTx) error) error {
+		return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+			for _, step := range steps {
+				if err := step(tx); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if *op == nil || !(*op).Begun {
+		err := inMain(func(tx *postgres.OwnerTx) error {
+			if err := p.exclude(ctx, tx, c, *op); err != nil {
+				return err
+			}
+			return begin(tx)
+		}, func(tx *postgres.OwnerTx) error {
+			if *op != nil {
+				return registry.MarkBegun(ctx, tx, (*op).ID, c.request)
+			}
+			o, err := registry.Begin(ctx, tx, c.kind, c.tenant, c.actor, c.request)
+			*op = &o
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	err := p.patiently(ctx, func() error { return p.o.DB.AsOwner(ctx, c.tenant.Group, schema) })
+	if err != nil {
+		if retryable(err) {
+			return err // the operation stays open and is resumed
+		}
+		undo := inMain(func(tx *postgres.OwnerTx) error {
+			if c.undo != nil {
+				if err := c.undo(ctx, tx); err != nil {
+					return err
+				}
+			}
+			return registry.Fail(ctx, tx, (*op).ID, fault.Of(err))
+		})
+		return errors.Join(err, undo)
+	}
+	return inMain(finish)
+}
+
+// retryable reports whether the same step may succeed later.
+func retryable(err error) bool {
+	return fault.Is(err, fault.Unavailable) || fault.Is(err, fault.Locked) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, failpoint.ErrInjected)
+}
+
+// patiently repeats a transaction that found the tenant's gate or a lock taken, for as long as GateWait.
+func (p *Provisioner) patiently(ctx context.Context, fn func() error) error {
+	deadline := time.Now().Add(p.o.GateWait)
+	for {
+		err := fn()
+		var f *fault.Fault
+		if err == nil || !errors.As(err, &f) || f.Kind != fault.Locked || f.Code == "operation_running" || time.Now().After(deadline) {
+			return err
+		}
+		timer := time.NewTimer(50 * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return err
+		}
+	}
+}
+
+// named gives the errors of a change words that its person understands.
+func (p *Provisioner) named(err error, c change) error {
+	var pe *pgconn.PgError
+	if errors.As(err, &pe) {
+		f := func(code, format string, args ...any) *fault.Fault {
+			return fault.Wrap(err, fault.Conflict, format, args...).WithCode(code).WithTenant(c.tenant.Slug.String())
+		}
+		switch {
+		case pe.Code == "23505" && pe.ConstraintName == "tenants_slug":
+			return f("tenant_exists", "a tenant of this name exists already").WithHint("oneo tenant show %s", c.tenant.Slug)
+		case pe.Code == "23505" && pe.ConstraintName == "tenants_schema":
+			return f("schema_taken", "another tenant has a schema of this name").WithHint("choose another one with --schema")
+		case pe.Code == "42P06":
+			return f("schema_exists", "a schema of this name exists already in the database, and is not one of oneo's").
+				WithHint("choose another one with --schema, or rename the schema that is there")
+		case pe.Code == "23505" && pe.ConstraintName == "operations_one_running":
+			return fault.Wrap(err, fault.Locked, "another operation on this tenant has not ended").WithCode("operation_running")
+		}
+	}
+	var f *fault.Fault
+	if errors.As(err, &f) && f.Tenant == "" {
+		f.Tenant = c.tenant.Slug.String()
+	}
+	return err
+}
+
+// find reads the tenant that a change is about, and finishes what a killed process left undone on it.
+func (p *Provisioner) find(ctx context.Context, slug tenant.Slug) (tenant.Tenant, error) {
+	var t tenant.Tenant
+	var open registry.Operation
+	var unfinished bool
+	read := func(tx *postgres.OwnerTx) (err error) {
+		if t, err = registry.BySlug(ctx, tx, slug); err != nil {
+			return err
+		}
+		open, unfinished, err = registry.Open(ctx, tx, t.Number)
+		return err
+	}
+	if err := p.o.DB.AsOwner(ctx, postgres.MainGroup, read); err != nil {
+		return t, err
+	}
+	if !unfinished {
+		return t, nil
+	}
+	if err := p.carryOut(ctx, open); err != nil {
+		return t, err
+	}
+	return t, p.o.DB.AsOwner(ctx, postgres.MainGroup, read)
+}
+
+// request is what an operation's row holds of what was asked.
+type request struct {
+	Slug              string          `json:"slug,omitempty"`
+	Name              string          `json:"name,omitempty"`
+	Schema            string          `json:"schema,omitempty"`
+	Group             string          `json:"group,omitempty"`
+	Domains           []string        `json:"domains,omitempty"`
+	AdminEmail        string          `json:"admin_email,omitempty"`
+	AdminPasswordHash string          `json:"admin_password_hash,omitempty"`
+	Settings          json.RawMessage `json:"settings,omitempty"`
+	GraceSeconds      int64           `json:"grace_seconds,omitempty"`
+	// What a rename replaced, for undoing it.
+	OldSlug   string `json:"old_slug,omitempty"`
+	OldSchema string `json:"old_schema,omitempty"`
+	OldName   string `json:"old_name,omitempty"`
+}
+
+func parseRequest(raw json.RawMessage) (request, error) {
+	var r request
+	if err := json.Unmarshal(raw, &r); err != nil {
+		return r, fmt.Errorf("read the operation's request: %w", err)
+	}
+	return r, nil
+}
+
+func newID() (uuid.UUID, error) { return uuid.NewV7() }

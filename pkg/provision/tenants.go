@@ -1,0 +1,584 @@
+package provision
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// CreateRequest says which tenant is to be made. Only Slug is needed.
+type CreateRequest struct {
+	Slug    tenant.Slug
+	Name    string        // for display; empty: the slug
+	Schema  tenant.Schema // zero: made from the slug
+	Group   string        // empty: main
+	Domains []tenant.Host // besides <slug>.<base domain>, which is the primary one
+	// AdminEmail and AdminPasswordHash make the first user. The hash is computed by the caller, outside of any
+	// transaction.
+	AdminEmail, AdminPasswordHash string
+	Settings                      json.RawMessage // a JSON object; empty: {}
+	Actor                         string          // who asked, for the audit trail
+}
+
+// Request is the request as it is queued for a worker.
+func (r CreateRequest) Request() any { return r.wire() }
+
+func (r CreateRequest) wire() request {
+	w := request{
+		Slug: r.Slug.String(), Name: r.Name, Schema: r.Schema.String(), Group: r.Group,
+		AdminEmail: r.AdminEmail, AdminPasswordHash: r.AdminPasswordHash, Settings: r.Settings,
+	}
+	for _, h := range r.Domains {
+		w.Domains = append(w.Domains, h.String())
+	}
+	return w
+}
+
+func (w request) create(actor string) (CreateRequest, error) {
+	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Actor: actor}
+	var err error
+	if r.Slug, err = tenant.ParseSlug(w.Slug); err != nil {
+		return r, err
+	}
+	if w.Schema != "" {
+		if r.Schema, err = tenant.ParseSchema(w.Schema); err != nil {
+			return r, err
+		}
+	}
+	for _, d := range w.Domains {
+		h, err := tenant.ParseHost(d)
+		if err != nil {
+			return r, err
+		}
+		r.Domains = append(r.Domains, h)
+	}
+	return r, nil
+}
+
+// Create makes a tenant: registry row, domains, role, schema, every migration and the first user. Faults: Conflict
+// when the name, the schema or a domain is taken; Invalid when the request cannot be met.
+func (p *Provisioner) Create(ctx context.Context, r CreateRequest) (tenant.Tenant, error) {
+	if err := p.checkCreate(&r); err != nil {
+		return tenant.Tenant{}, err
+	}
+	// A create that was killed between two databases is finished by asking for the same again.
+	if t, err := p.find(ctx, r.Slug); err == nil {
+		if t.State == tenant.Creating {
+			return t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(r.Slug.String())
+		}
+		return t, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
+			WithTenant(r.Slug.String()).WithHint("oneo tenant show %s", r.Slug)
+	} else if !fault.Is(err, fault.NotFound) {
+		return tenant.Tenant{}, err
+	}
+	number, err := p.nextNumber(ctx)
+	if err != nil {
+		return tenant.Tenant{}, err
+	}
+	c, err := p.creation(ctx, r, number)
+	if err != nil {
+		return tenant.Tenant{}, err
+	}
+	return p.run(ctx, c, nil)
+}
+
+func (p *Provisioner) checkCreate(r *CreateRequest) error {
+	if r.Slug.IsZero() {
+		return fault.New(fault.Invalid, "a tenant needs a name").WithCode("invalid_slug")
+	}
+	if r.Schema.IsZero() {
+		r.Schema = r.Slug.Schema()
+	}
+	if r.Group == "" {
+		r.Group = postgres.MainGroup
+	}
+	if r.Name == "" {
+		r.Name = r.Slug.String()
+	}
+	if n := len([]rune(r.Name)); n > 200 || strings.ContainsRune(r.Name, 0) {
+		return fault.New(fault.Invalid, "the display name is longer than 200 characters or holds a NUL").WithCode("invalid_name")
+	}
+	if len(r.Settings) == 0 {
+		r.Settings = json.RawMessage(`{}`)
+	}
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(r.Settings, &object); err != nil || object == nil {
+		return fault.New(fault.Invalid, "settings must be a JSON object").WithCode("invalid_settings").
+			WithHint(`for example --settings '{"public": {"colour": "teal"}}'`)
+	}
+	if len(r.Settings) > registry.MaxSettingsBytes {
+		return fault.New(fault.Invalid, "settings may have at most %d bytes", registry.MaxSettingsBytes).WithCode("invalid_settings")
+	}
+	if (r.AdminEmail == "") != (r.AdminPasswordHash == "") {
+		return fault.New(fault.Internal, "a first user needs an address and a password hash")
+	}
+	def := r.Slug.Under(p.o.BaseDomain)
+	r.Domains = slices.DeleteFunc(r.Domains, func(h tenant.Host) bool { return h == def })
+	return nil
+}
+
+func (p *Provisioner) nextNumber(ctx context.Context) (number int32, err error) {
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		return tx.QueryRow(ctx, `select nextval('public.tenant_numbers')`).Scan(&number)
+	})
+	return number, err
+}
+
+func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int32) (change, error) {
+	inst, err := p.o.DB.Installation(ctx, r.Group)
+	if err != nil {
+		return change{}, err
+	}
+	t := tenant.Tenant{Number: number, Slug: r.Slug, Schema: r.Schema, Group: r.Group, State: tenant.Active, Name: r.Name}
+	state := tenant.Active
+	if !p.o.DB.SameDatabase(r.Group) {
+		state = tenant.Creating
+	}
+	return change{
+		kind: KindCreate, point: "create", tenant: t, actor: r.Actor, request: r.wire(),
+		details: map[string]any{"schema": r.Schema.String(), "group": r.Group},
+		begin: func(ctx context.Context, q postgres.Querier) error {
+			if err := room(ctx, q, r.Group); err != nil {
+				return err
+			}
+			const insert = `insert into public.tenants (number, slug, schema, name, group_name, state, settings) values ($1, $2, $3, $4, $5, $6, $7)`
+			if _, err := q.Exec(ctx, insert, number, r.Slug.String(), r.Schema.String(), r.Name, r.Group, string(state), r.Settings); err != nil {
+				return err
+			}
+			if err := registry.AddDomain(ctx, q, t, r.Slug.Under(p.o.BaseDomain), false); err != nil {
+				return err
+			}
+			for _, h := range r.Domains {
+				if err := registry.AddDomain(ctx, q, t, h, false); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error { return p.makeSchema(ctx, tx, r, inst, number) },
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			if state == tenant.Active {
+				return nil
+			}
+			_, err := q.Exec(ctx, `update public.tenants set state = 'active', updated_at = now() where number = $1 and state = 'creating'`, number)
+			return err
+		},
+		undo: func(ctx context.Context, q postgres.Querier) error {
+			_, err := q.Exec(ctx, `delete from public.tenants where number = $1 and state = 'creating'`, number)
+			return err
+		},
+	}, nil
+}
+
+// room refuses a group that is unknown, closed or full.
+func room(ctx context.Context, q postgres.Querier, group string) error {
+	var accepting, full bool
+	const query = `select g.accepting, g.max_tenants is not null and g.max_tenants <= (
+	select count(*) from public.tenants t where t.group_name = g.name and t.state <> 'purged')
+from public.groups g where g.name = $1 for share`
+	err := q.QueryRow(ctx, query, group).Scan(&accepting, &full)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		// Configured, or the connection would not have been found; the registry learns of it by its first tenant.
+		_, err := q.Exec(ctx, `insert into public.groups (name) values ($1) on conflict do nothing`, group)
+		return err
+	case err != nil:
+		return err
+	case !accepting:
+		return fault.New(fault.Conflict, "the group %s accepts no tenants", group).WithCode("group_closed")
+	case full:
+		return fault.New(fault.Conflict, "the group %s is full", group).WithCode("group_full")
+	}
+	return nil
+}
+
+// makeSchema makes role, schema, tables, placement, ledger rows and first user. It does nothing when a placement of
+// the tenant stands already: they come in one transaction.
+func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest, inst postgres.Installation, number int32) error {
+	start := time.Now()
+	var made bool
+	if err := tx.QueryRow(ctx, `select exists (select from public.placements where number = $1)`, number).Scan(&made); err != nil || made {
+		return err
+	}
+	role := p.role(inst, number)
+	qschema, qrole := postgres.Quote(r.Schema.String()), postgres.Quote(role)
+	var b strings.Builder
+	if p.o.DB.Isolation() == postgres.ByRole {
+		fmt.Fprintf(&b, "create role %s nologin noinherit;\n", qrole)
+		fmt.Fprintf(&b, "grant %s to %s;\n", qrole, postgres.Quote(inst.LoginOf(number)))
+	}
+	fmt.Fprintf(&b, "create schema %s;\nset local search_path to %s, ext, pg_temp;\n", qschema, qschema)
+	fmt.Fprintf(&b, "grant usage on schema %s to %s;\n", qschema, qrole)
+	// Default privileges before the tables: a grant on all tables afterwards would scan all of pg_class.
+	fmt.Fprintf(&b, "alter default privileges in schema %s grant select, insert, update, delete on tables to %s;\n", qschema, qrole)
+	fmt.Fprintf(&b, "alter default privileges in schema %s grant usage, select on sequences to %s;\n", qschema, qrole)
+	b.WriteString(p.o.Migrate.CreationScript())
+	if err := tx.Script(ctx, b.String()); err != nil {
+		return err
+	}
+	if r.AdminEmail != "" {
+		if err := firstUser(ctx, tx, r); err != nil {
+			return err
+		}
+	}
+	if err := unbound(ctx)(tx); err != nil {
+		return err
+	}
+	const place = `insert into public.placements (number, schema, role, namespace, state)
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2), 'active')`
+	if _, err := tx.Exec(ctx, place, number, r.Schema.String(), role); err != nil {
+		return err
+	}
+	return migrate.Record(ctx, tx, migrate.TenantSet, number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))
+}
+
+// role is the one whose rights a transaction bound to the tenant has.
+func (p *Provisioner) role(inst postgres.Installation, number int32) string {
+	if p.o.DB.Isolation() == postgres.ByRole {
+		return inst.TenantRole(number)
+	}
+	return inst.AppRole
+}
+
+func firstUser(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest) error {
+	var there bool
+	if err := tx.QueryRow(ctx, `select pg_catalog.to_regclass('users') is not null`).Scan(&there); err != nil {
+		return err
+	}
+	if !there {
+		return fault.New(fault.Invalid, "these tenant migrations make no table users, so there is no first user to add").
+			WithCode("no_users").WithHint("leave --admin-email out")
+	}
+	id, err := newID()
+	if err != nil {
+		return err
+	}
+	const insert = `insert into users (id, email, role, password_hash) values ($1, $2, 'admin', $3)`
+	_, err = tx.Exec(ctx, insert, id, r.AdminEmail, r.AdminPasswordHash)
+	return err
+}
+
+// setState is what suspending, resuming, dropping and undropping do to the placement, under the tenant's gate: every
+// transaction bound before has ended, and every later one sees the new state.
+func setState(ctx context.Context, tx *postgres.OwnerTx, number int32, state tenant.State) error {
+	if err := tx.LockGate(ctx, number); err != nil {
+		return err
+	}
+	const set = `update public.placements set state = $2, epoch = epoch + 1, updated_at = now() where number = $1 and state <> $2`
+	_, err := tx.Exec(ctx, set, number, string(state))
+	return err
+}
+
+const setTenantState = `update public.tenants set state = $2, epoch = epoch + 1, updated_at = now() where number = $1 and state <> $2`
+
+func (p *Provisioner) stateChange(t tenant.Tenant, kind, point string, state tenant.State, actor string) change {
+	return change{
+		kind: kind, point: point, tenant: t, actor: actor, request: request{Slug: t.Slug.String()},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error { return setState(ctx, tx, t.Number, state) },
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			_, err := q.Exec(ctx, setTenantState, t.Number, string(state))
+			return err
+		},
+	}
+}
+
+func wrongState(t tenant.Tenant, verb string, hint string) error {
+	return fault.New(fault.Conflict, "the tenant %s is %s and cannot be %s", t.Slug, t.State, verb).
+		WithCode("wrong_state").WithTenant(t.Slug.String()).WithHint("%s", hint)
+}
+
+// Suspend stops serving a tenant: when it returns, no request of the tenant is at work and none will be begun. It does
+// nothing to a suspended tenant. Conflict: the tenant is dropped.
+func (p *Provisioner) Suspend(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil || t.State == tenant.Suspended {
+		return t, err
+	}
+	if t.State != tenant.Active {
+		return t, wrongState(t, "suspended", "oneo tenant show "+slug.String())
+	}
+	return p.run(ctx, p.stateChange(t, KindSuspend, "suspend", tenant.Suspended, actor), nil)
+}
+
+// Resume serves a suspended tenant again. It does nothing to an active one.
+func (p *Provisioner) Resume(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil || t.State == tenant.Active {
+		return t, err
+	}
+	if t.State != tenant.Suspended {
+		return t, wrongState(t, "resumed", "oneo tenant undrop "+slug.String())
+	}
+	return p.run(ctx, p.stateChange(t, KindResume, "resume", tenant.Active, actor), nil)
+}
+
+// droppedSchema is where a dropped tenant's schema lies. The prefix is oneo's: no tenant's own schema has it.
+func droppedSchema(number int32) string { return fmt.Sprintf("oneo_dropped_%d", number) }
+
+// Drop takes a tenant away from its users and keeps its schema, renamed, for grace; 0 is DropGrace. Until then Undrop
+// brings it back; afterwards `oneo serve` purges it. It does nothing to a dropped tenant.
+func (p *Provisioner) Drop(ctx context.Context, slug tenant.Slug, grace time.Duration, actor string) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil || t.State == tenant.Dropped {
+		return t, err
+	}
+	if t.State != tenant.Active && t.State != tenant.Suspended {
+		return t, wrongState(t, "dropped", "oneo tenant show "+slug.String())
+	}
+	return p.run(ctx, p.dropping(t, grace, actor), nil)
+}
+
+func (p *Provisioner) dropping(t tenant.Tenant, grace time.Duration, actor string) change {
+	if grace <= 0 {
+		grace = p.o.DropGrace
+	}
+	return change{
+		kind: KindDrop, point: "drop", tenant: t, actor: actor,
+		request: request{Slug: t.Slug.String(), GraceSeconds: int64(grace.Seconds())},
+		details: map[string]any{"grace_seconds": int64(grace.Seconds())},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if err := setState(ctx, tx, t.Number, tenant.Dropped); err != nil {
+				return err
+			}
+			return moveSchema(ctx, tx, t.Number, droppedSchema(t.Number))
+		},
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			const drop = `update public.tenants set state_before = case state when 'suspended' then 'suspended' else 'active' end,
+	state = 'dropped', epoch = epoch + 1, dropped_at = now(), purge_after = now() + $2::interval, updated_at = now()
+where number = $1 and state in ('active', 'suspended')`
+			_, err := q.Exec(ctx, drop, t.Number, grace)
+			return err
+		},
+	}
+}
+
+// moveSchema renames the schema in which the tenant stands, and says so in its placement. The caller holds the gate.
+func moveSchema(ctx context.Context, tx *postgres.OwnerTx, number int32, to string) error {
+	var at string
+	err := tx.QueryRow(ctx, `select schema from public.placements where number = $1`, number).Scan(&at)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return fault.New(fault.NotFound, "the tenant has no placement in its group's database").WithCode("schema_missing")
+	}
+	if err != nil || at == to {
+		return err
+	}
+	if err := tx.Script(ctx, "alter schema "+postgres.Quote(at)+" rename to "+postgres.Quote(to)); err != nil {
+		return err
+	}
+	_, err = tx.Exec(ctx, `update public.placements set schema = $2, updated_at = now() where number = $1`, number, to)
+	return err
+}
+
+// Undrop brings a dropped tenant back, as it was. Conflict: it is not dropped, or its schema's name has been taken
+// behind oneo's back.
+func (p *Provisioner) Undrop(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil {
+		return t, err
+	}
+	if t.State != tenant.Dropped {
+		return t, wrongState(t, "undropped", "oneo tenant show "+slug.String())
+	}
+	c, err := p.undropping(ctx, t, actor)
+	if err != nil {
+		return t, err
+	}
+	return p.run(ctx, c, nil)
+}
+
+func (p *Provisioner) undropping(ctx context.Context, t tenant.Tenant, actor string) (change, error) {
+	var before string
+	err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		return tx.QueryRow(ctx, `select coalesce(state_before, 'active') from public.tenants where number = $1`, t.Number).Scan(&before)
+	})
+	if err != nil {
+		return change{}, err
+	}
+	return change{
+		kind: KindUndrop, point: "undrop", tenant: t, actor: actor, request: request{Slug: t.Slug.String()},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if err := setState(ctx, tx, t.Number, tenant.State(before)); err != nil {
+				return err
+			}
+			return moveSchema(ctx, tx, t.Number, t.Schema.String())
+		},
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			const undrop = `update public.tenants set state = coalesce(state_before, 'active'), state_before = null,
+	epoch = epoch + 1, cache_generation = cache_generation + 1, dropped_at = null, purge_after = null, updated_at = now()
+where number = $1 and state = 'dropped'`
+			_, err := q.Exec(ctx, undrop, t.Number)
+			return err
+		},
+	}, nil
+}
+
+// Purge destroys a dropped tenant for good: schema, role, placement, ledger rows and domains. Its registry row stays
+// as a tombstone. Conflict: the tenant is not dropped.
+func (p *Provisioner) Purge(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil {
+		return t, err
+	}
+	if t.State != tenant.Dropped {
+		return t, wrongState(t, "purged", "oneo tenant drop "+slug.String())
+	}
+	c, err := p.purging(ctx, t, actor)
+	if err != nil {
+		return t, err
+	}
+	return p.run(ctx, c, nil)
+}
+
+func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string) (change, error) {
+	inst, err := p.o.DB.Installation(ctx, t.Group)
+	if err != nil {
+		return change{}, err
+	}
+	return change{
+		kind: KindPurge, point: "purge", tenant: t, actor: actor, request: request{Slug: t.Slug.String()},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			// By its renamed name only: a schema that stands under the tenant's name by now is another's.
+			if err := tx.Script(ctx, "drop schema if exists "+postgres.Quote(droppedSchema(t.Number))+" cascade"); err != nil {
+				return err
+			}
+			if err := tx.Script(ctx, "drop role if exists "+postgres.Quote(inst.TenantRole(t.Number))); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, `delete from public.ledger where set = 'tenant' and tenant = $1`, t.Number); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `delete from public.placements where number = $1`, t.Number)
+			return err
+		},
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			if p.o.DomainHold > 0 {
+				const hold = `insert into public.domain_holds (host, tenant, held_until)
+select host, tenant, now() + $2::interval from public.domains where tenant = $1
+on conflict (host) do update set tenant = excluded.tenant, held_until = excluded.held_until`
+				// The default domain goes with the name: whoever takes the name next needs it.
+				if _, err := q.Exec(ctx, hold, t.Number, p.o.DomainHold); err != nil {
+					return err
+				}
+				if _, err := q.Exec(ctx, `delete from public.domain_holds where host = $1 and tenant = $2`,
+					t.Slug.Under(p.o.BaseDomain).String(), t.Number); err != nil {
+					return err
+				}
+			}
+			if _, err := q.Exec(ctx, `delete from public.domains where tenant = $1`, t.Number); err != nil {
+				return err
+			}
+			const purge = `update public.tenants set state = 'purged', purge_after = null, settings = '{}', epoch = epoch + 1,
+	cache_generation = cache_generation + 1, updated_at = now() where number = $1 and state = 'dropped'`
+			_, err := q.Exec(ctx, purge, t.Number)
+			return err
+		},
+	}, nil
+}
+
+// RenameRequest says what a tenant is to be called. Zero values stay as they are.
+type RenameRequest struct {
+	Slug   tenant.Slug
+	Schema tenant.Schema
+	Name   string
+	Actor  string
+}
+
+// Rename gives a tenant another name, and with it another default domain; with Schema its schema too. The former
+// default domain is held back from other tenants.
+func (p *Provisioner) Rename(ctx context.Context, slug tenant.Slug, r RenameRequest) (tenant.Tenant, error) {
+	t, err := p.find(ctx, slug)
+	if err != nil {
+		return t, err
+	}
+	if t.State != tenant.Active && t.State != tenant.Suspended {
+		return t, wrongState(t, "renamed", "oneo tenant show "+slug.String())
+	}
+	if r.Slug.IsZero() {
+		r.Slug = t.Slug
+	}
+	if r.Schema.IsZero() {
+		r.Schema = t.Schema
+	}
+	if r.Name == "" {
+		r.Name = t.Name
+		if t.Name == t.Slug.String() {
+			r.Name = r.Slug.String()
+		}
+	}
+	if r.Slug == t.Slug && r.Schema == t.Schema && r.Name == t.Name {
+		return t, nil
+	}
+	if n := len([]rune(r.Name)); n > 200 {
+		return t, fault.New(fault.Invalid, "the display name is longer than 200 characters").WithCode("invalid_name")
+	}
+	return p.run(ctx, p.renaming(t, r), nil)
+}
+
+func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
+	return change{
+		kind: KindRename, point: "rename", tenant: t, actor: r.Actor,
+		request: request{
+			Slug: r.Slug.String(), Schema: r.Schema.String(), Name: r.Name,
+			OldSlug: t.Slug.String(), OldSchema: t.Schema.String(), OldName: t.Name,
+		},
+		details: map[string]any{"from": t.Slug.String(), "to": r.Slug.String(), "schema": r.Schema.String()},
+		begin: func(ctx context.Context, q postgres.Querier) error {
+			return p.renameInRegistry(ctx, q, t, r.Slug, r.Schema.String(), r.Name)
+		},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if r.Schema == t.Schema {
+				return nil
+			}
+			if err := tx.LockGate(ctx, t.Number); err != nil {
+				return err
+			}
+			if err := moveSchema(ctx, tx, t.Number, r.Schema.String()); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `update public.placements set epoch = epoch + 1 where number = $1`, t.Number)
+			return err
+		},
+		finish: func(context.Context, postgres.Querier) error { return nil },
+		undo: func(ctx context.Context, q postgres.Querier) error {
+			renamed := t
+			renamed.Slug = r.Slug
+			return p.renameInRegistry(ctx, q, renamed, t.Slug, t.Schema.String(), t.Name)
+		},
+	}
+}
+
+func (p *Provisioner) renameInRegistry(ctx context.Context, q postgres.Querier, t tenant.Tenant, slug tenant.Slug, schema, name string) error {
+	const rename = `update public.tenants set slug = $2, schema = $3, name = $4, epoch = epoch + 1,
+	cache_generation = cache_generation + 1, updated_at = now() where number = $1`
+	if _, err := q.Exec(ctx, rename, t.Number, slug.String(), schema, name); err != nil {
+		return err
+	}
+	if slug == t.Slug {
+		return nil
+	}
+	old, host := t.Slug.Under(p.o.BaseDomain), slug.Under(p.o.BaseDomain)
+	domains, err := registry.Domains(ctx, q, t)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(domains, func(d registry.Domain) bool { return d.Host == old })
+	if err := registry.AddDomain(ctx, q, t, host, i >= 0 && domains[i].Primary); err != nil {
+		return err
+	}
+	if i < 0 {
+		return nil
+	}
+	return registry.RemoveDomain(ctx, q, t, old, p.o.DomainHold)
+}

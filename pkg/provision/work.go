@@ -1,0 +1,321 @@
+package provision
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+const (
+	pollEvery = time.Second
+	beatEvery = 5 * time.Second
+	// staleAfter is how long an operation may go without a sign of life before another worker takes it up.
+	staleAfter  = 30 * time.Second
+	maxAttempts = 5
+	// MaxPurgesEach bounds what one look for overdue tenants purges, so that operations do not wait behind it.
+	maxPurgesEach = 20
+)
+
+// Work carries out queued operations, takes up interrupted ones and purges tenants whose grace is over, until ctx
+// ends. Any number of processes may work at once.
+func (p *Provisioner) Work(ctx context.Context) error {
+	ticker := time.NewTicker(pollEvery)
+	defer ticker.Stop()
+	var overdue time.Time
+	for {
+		for {
+			did, err := p.workOnce(ctx)
+			if ctx.Err() != nil {
+				return nil
+			}
+			if err != nil {
+				p.o.Logger.ErrorContext(ctx, "operations worker", "error", err)
+				break
+			}
+			if !did {
+				break
+			}
+		}
+		if time.Since(overdue) > time.Minute {
+			overdue = time.Now()
+			if err := p.purgeOverdue(ctx); err != nil && ctx.Err() == nil {
+				p.o.Logger.ErrorContext(ctx, "purge overdue tenants", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		case <-p.wake:
+		}
+	}
+}
+
+// Wake makes Work look for queued operations now instead of within a second.
+func (p *Provisioner) Wake() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// workOnce claims one operation and carries it out. The error is the worker's, never the operation's.
+func (p *Provisioner) workOnce(ctx context.Context) (bool, error) {
+	op, found, err := p.claim(ctx)
+	if err != nil || !found {
+		return false, err
+	}
+	if err := p.carryOut(ctx, op); err != nil && ctx.Err() == nil {
+		p.o.Logger.WarnContext(ctx, "operation failed", "operation", op.ID, "kind", op.Kind, "tenant", op.Slug, "error", err)
+	}
+	return true, nil
+}
+
+// claim marks the next operation as running in this process.
+func (p *Provisioner) claim(ctx context.Context) (op registry.Operation, found bool, err error) {
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		if op, found, err = registry.NextInterrupted(ctx, tx, staleAfter); err != nil {
+			return err
+		}
+		if !found {
+			if op, found, err = registry.NextQueued(ctx, tx); err != nil || !found {
+				return err
+			}
+		}
+		number := op.Number
+		if number == nil {
+			n, err := p.numberFor(ctx, tx, op)
+			if err != nil {
+				var f *fault.Fault
+				if errors.As(err, &f) && f.Kind != fault.Unavailable {
+					found = false
+					return registry.Fail(ctx, tx, op.ID, f)
+				}
+				return err
+			}
+			number = &n
+		}
+		if other, busy, err := registry.Open(ctx, tx, *number); err != nil {
+			return err
+		} else if busy && other.ID != op.ID {
+			found = false // it waits for the tenant's running operation
+			return nil
+		}
+		op.Number, op.Attempts = number, op.Attempts+1
+		return registry.Start(ctx, tx, op.ID, *number)
+	})
+	return op, found, err
+}
+
+// numberFor is the tenant that an operation is about; a new number for one that is to be created.
+func (p *Provisioner) numberFor(ctx context.Context, tx *postgres.OwnerTx, op registry.Operation) (int32, error) {
+	if op.Kind == KindCreate {
+		var n int32
+		return n, tx.QueryRow(ctx, `select nextval('public.tenant_numbers')`).Scan(&n)
+	}
+	slug, err := tenant.ParseSlug(op.Slug)
+	if err != nil {
+		return 0, err
+	}
+	t, err := registry.BySlug(ctx, tx, slug)
+	return t.Number, err
+}
+
+// carryOut does what a running operation asks for, from where it was left, and ends it. Failures that may pass leave
+// it running: it is taken up again when it has gone stale.
+func (p *Provisioner) carryOut(ctx context.Context, op registry.Operation) error {
+	stop := p.beat(ctx, op)
+	defer stop()
+	c, err := p.changeOf(ctx, op)
+	if err == nil && c == nil {
+		return p.end(ctx, op, nil)
+	}
+	if err == nil {
+		_, err = p.run(ctx, *c, &op)
+	}
+	if err == nil {
+		return nil
+	}
+	if retryable(err) && op.Attempts < maxAttempts || ctx.Err() != nil {
+		return err
+	}
+	return errors.Join(err, p.end(ctx, op, err))
+}
+
+func (p *Provisioner) end(ctx context.Context, op registry.Operation, cause error) error {
+	err := p.o.DB.AsOwner(context.WithoutCancel(ctx), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		if cause == nil {
+			return registry.Finish(ctx, tx, op.ID, map[string]string{"tenant": op.Slug})
+		}
+		return registry.Fail(ctx, tx, op.ID, fault.Of(cause))
+	})
+	if fault.Is(err, fault.Conflict) { // ended by its own steps
+		return nil
+	}
+	return err
+}
+
+// beat gives signs of life until it is stopped.
+func (p *Provisioner) beat(ctx context.Context, op registry.Operation) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		ticker := time.NewTicker(beatEvery)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+				err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error { return registry.Beat(ctx, tx, op.ID) })
+				if err != nil && ctx.Err() == nil {
+					p.o.Logger.WarnContext(ctx, "operation's sign of life", "operation", op.ID, "error", err)
+				}
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+// changeOf makes an operation's change from its row; nil when the tenant is in the wanted state already.
+func (p *Provisioner) changeOf(ctx context.Context, op registry.Operation) (*change, error) {
+	r, err := parseRequest(op.Request)
+	if err != nil {
+		return nil, err
+	}
+	if op.Kind == KindCreate {
+		cr, err := r.create(op.Actor)
+		if err != nil {
+			return nil, err
+		}
+		if err := p.checkCreate(&cr); err != nil {
+			return nil, err
+		}
+		c, err := p.creation(ctx, cr, *op.Number)
+		return &c, err
+	}
+	var t tenant.Tenant
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+		t, err = registry.ByNumber(ctx, tx, *op.Number)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return p.changeOn(ctx, t, op, r)
+}
+
+func (p *Provisioner) changeOn(ctx context.Context, t tenant.Tenant, op registry.Operation, r request) (*change, error) {
+	var c change
+	var err error
+	// A begun operation goes on whatever the state says; a queued one finds the tenant as it is now.
+	allowed := func(verb string, states ...tenant.State) error {
+		for _, s := range states {
+			if t.State == s || op.Begun {
+				return nil
+			}
+		}
+		return wrongState(t, verb, "oneo tenant show "+t.Slug.String())
+	}
+	switch op.Kind {
+	case KindSuspend:
+		if t.State == tenant.Suspended && !op.Begun {
+			return nil, nil
+		}
+		c, err = p.stateChange(t, KindSuspend, "suspend", tenant.Suspended, op.Actor), allowed("suspended", tenant.Active)
+	case KindResume:
+		if t.State == tenant.Active && !op.Begun {
+			return nil, nil
+		}
+		c, err = p.stateChange(t, KindResume, "resume", tenant.Active, op.Actor), allowed("resumed", tenant.Suspended)
+	case KindDrop:
+		if t.State == tenant.Dropped && !op.Begun {
+			return nil, nil
+		}
+		c, err = p.dropping(t, time.Duration(r.GraceSeconds)*time.Second, op.Actor), allowed("dropped", tenant.Active, tenant.Suspended)
+	case KindUndrop:
+		if err = allowed("undropped", tenant.Dropped); err == nil {
+			c, err = p.undropping(ctx, t, op.Actor)
+		}
+	case KindPurge:
+		if err = allowed("purged", tenant.Dropped); err == nil {
+			c, err = p.purging(ctx, t, op.Actor)
+		}
+	case KindRename:
+		c, err = p.renameOf(t, op, r)
+		if err == nil {
+			err = allowed("renamed", tenant.Active, tenant.Suspended)
+		}
+	default:
+		err = fault.New(fault.Invalid, "there is no operation of the kind %q", op.Kind)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &c, nil
+}
+
+// renameOf makes a rename again. Once it has begun, the registry holds the new words and the row the old ones.
+func (p *Provisioner) renameOf(t tenant.Tenant, op registry.Operation, r request) (change, error) {
+	rr := RenameRequest{Slug: t.Slug, Schema: t.Schema, Name: t.Name, Actor: op.Actor}
+	var err error
+	if r.Slug != "" {
+		if rr.Slug, err = tenant.ParseSlug(r.Slug); err != nil {
+			return change{}, err
+		}
+	}
+	if r.Schema != "" {
+		if rr.Schema, err = tenant.ParseSchema(r.Schema); err != nil {
+			return change{}, err
+		}
+	}
+	if r.Name != "" {
+		rr.Name = r.Name
+	}
+	if op.Begun {
+		if t.Slug, err = tenant.ParseSlug(r.OldSlug); err != nil {
+			return change{}, err
+		}
+		if t.Schema, err = tenant.ParseSchema(r.OldSchema); err != nil {
+			return change{}, err
+		}
+		t.Name = r.OldName
+	}
+	return p.renaming(t, rr), nil
+}
+
+// purgeOverdue destroys tenants whose grace is over.
+func (p *Provisioner) purgeOverdue(ctx context.Context) error {
+	var overdue []tenant.Tenant
+	err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		const query = `select number from public.tenants where state = 'dropped' and purge_after < now() order by purge_after limit $1`
+		rows, err := tx.Query(ctx, query, maxPurgesEach)
+		if err != nil {
+			return err
+		}
+		numbers, err := pgx.CollectRows(rows, pgx.RowTo[int32])
+		if err != nil {
+			return err
+		}
+		overdue, err = registry.ByNumbers(ctx, tx, numbers)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range overdue {
+		if _, err := p.Purge(ctx, t.Slug, "oneo serve"); err != nil && !fault.Is(err, fault.Conflict) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
