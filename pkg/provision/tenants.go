@@ -237,7 +237,7 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 		return err
 	}
 	const place = `insert into public.placements (number, schema, role, namespace, state)
-values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2), 'active')`
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active')`
 	if _, err := tx.Exec(ctx, place, number, r.Schema.String(), role); err != nil {
 		return err
 	}
