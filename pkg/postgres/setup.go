@@ -28,7 +28,9 @@ type SetupOptions struct {
 	Logins    int    // sub-pools; fixed by the first Setup
 	// ID is the installation's id where another group's database has fixed it; empty makes one, or keeps the one there.
 	ID   string
-	Logf func(format string, args ...any) // the story; may be nil
+	// KeepRoles leaves the roles as they are: they were made by another database's Setup on the same cluster.
+	KeepRoles bool
+	Logf      func(format string, args ...any) // the story; may be nil
 }
 
 // LoginPassword is the password of a role that no URL carries.
@@ -149,8 +151,10 @@ func (s *setup) run(ctx context.Context, conn *pgx.Conn) (inst Installation, err
 		if err != nil {
 			return err
 		}
-		if err := s.roles(ctx, tx, inst, exec); err != nil {
-			return err
+		if !s.o.KeepRoles {
+			if err := s.roles(ctx, tx, inst, exec); err != nil {
+				return err
+			}
 		}
 		for _, sql := range s.rights(inst) {
 			if err := exec(sql); err != nil {

@@ -136,7 +136,7 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 		tx.release()
 	}()
 	err := fn()
-	returned = true
+	returned, tx.over = true, true
 	if outlived(err) || outlived(tx.err) {
 		tx.markStale()
 	}
@@ -174,7 +174,9 @@ func (tx *Tx) begin(ctx context.Context) error {
 			b.Queue(sqlGate, tx.tenant.Number)
 			b.Queue(sqlBind, tx.bindArgs()...)
 		}
-		err := c.SendBatch(ctx, b).Close()
+		bctx, cancel := context.WithTimeout(ctx, tx.group.opts.AcquireTimeout)
+		defer cancel()
+		err := c.SendBatch(bctx, b).Close()
 		tx.begun = c.PgConn().TxStatus() != 'I'
 		return err
 	})

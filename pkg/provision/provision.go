@@ -35,6 +35,9 @@ type Options struct {
 	DomainHold time.Duration // how long a removed domain is held back from other tenants
 	// GateWait is how long a change waits, in all, for a tenant's requests in flight; 0 is 10 seconds.
 	GateWait time.Duration
+	// StaleAfter is how long an operation may go without a sign of life before another process takes it up; 0 is 10
+	// seconds.
+	StaleAfter time.Duration
 	// Changed is called after a tenant's placement, hosts or state have changed, with every host it had or has: the
 	// caches forget them. May be nil.
 	Changed func(ctx context.Context, t tenant.Tenant, hosts []tenant.Host)
@@ -54,6 +57,9 @@ func New(o Options) (*Provisioner, error) {
 	}
 	if o.GateWait == 0 {
 		o.GateWait = 10 * time.Second
+	}
+	if o.StaleAfter == 0 {
+		o.StaleAfter = 10 * time.Second
 	}
 	if o.Changed == nil {
 		o.Changed = func(context.Context, tenant.Tenant, []tenant.Host) {}
@@ -185,8 +191,7 @@ func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c chang
 	if err != nil || !found || op != nil && open.ID == op.ID {
 		return err
 	}
-	return fault.New(fault.Locked, "the operation %s (%s) on this tenant has not ended", open.ID, open.Kind).
-		WithCode("operation_running").WithHint("it is resumed by running its command again, or by `oneo serve`")
+	return running(open)
 }
 
 // runApart carries a change out whose schema lies in another database than the registry.
@@ -219,6 +224,7 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 			return err
 		}
 	}
+	defer p.beat(ctx, **op)()
 	err := p.patiently(ctx, func() error { return p.o.DB.AsOwner(ctx, c.tenant.Group, schema) })
 	if err != nil {
 		if retryable(err) {
@@ -288,28 +294,50 @@ func (p *Provisioner) named(err error, c change) error {
 	return err
 }
 
-// find reads the tenant that a change is about, and finishes what a killed process left undone on it.
+// find reads the tenant that a change is about. An operation on it that another process has begun is waited for, for as
+// long as it shows signs of life, and finished here when that process is dead.
 func (p *Provisioner) find(ctx context.Context, slug tenant.Slug) (tenant.Tenant, error) {
-	var t tenant.Tenant
-	var open registry.Operation
-	var unfinished bool
-	read := func(tx *postgres.OwnerTx) (err error) {
-		if t, err = registry.BySlug(ctx, tx, slug); err != nil {
+	deadline := time.Now().Add(p.o.GateWait + p.o.StaleAfter)
+	for {
+		var t tenant.Tenant
+		var open registry.Operation
+		var unfinished, ours bool
+		err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+			if t, err = registry.BySlug(ctx, tx, slug); err != nil {
+				return err
+			}
+			if open, unfinished, err = registry.Open(ctx, tx, t.Number); err != nil || !unfinished {
+				return err
+			}
+			ours, err = registry.TakeUp(ctx, tx, open.ID, p.o.StaleAfter)
 			return err
+		})
+		switch {
+		case err != nil || !unfinished:
+			return t, err
+		case ours:
+			open.Attempts++
+			if err := p.carryOut(ctx, open); err != nil {
+				return t, err
+			}
+			continue
+		case time.Now().After(deadline):
+			return t, running(open).WithTenant(slug.String())
 		}
-		open, unfinished, err = registry.Open(ctx, tx, t.Number)
-		return err
+		timer := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return t, ctx.Err()
+		}
 	}
-	if err := p.o.DB.AsOwner(ctx, postgres.MainGroup, read); err != nil {
-		return t, err
-	}
-	if !unfinished {
-		return t, nil
-	}
-	if err := p.carryOut(ctx, open); err != nil {
-		return t, err
-	}
-	return t, p.o.DB.AsOwner(ctx, postgres.MainGroup, read)
+}
+
+func running(op registry.Operation) *fault.Fault {
+	return fault.New(fault.Locked, "the operation %s (%s) on this tenant has not ended", op.ID, op.Kind).
+		WithCode("operation_running").WithRetry(time.Second).
+		WithHint("wait for it; if its process died, the same command takes it up")
 }
 
 // request is what an operation's row holds of what was asked.

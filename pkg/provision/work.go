@@ -15,11 +15,8 @@ import (
 
 const (
 	pollEvery = time.Second
-	beatEvery = 5 * time.Second
-	// staleAfter is how long an operation may go without a sign of life before another worker takes it up.
-	staleAfter  = 30 * time.Second
 	maxAttempts = 5
-	// MaxPurgesEach bounds what one look for overdue tenants purges, so that operations do not wait behind it.
+	// maxPurgesEach bounds what one look for overdue tenants purges, so that operations do not wait behind it.
 	maxPurgesEach = 20
 )
 
@@ -81,7 +78,7 @@ func (p *Provisioner) workOnce(ctx context.Context) (bool, error) {
 // claim marks the next operation as running in this process.
 func (p *Provisioner) claim(ctx context.Context) (op registry.Operation, found bool, err error) {
 	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		if op, found, err = registry.NextInterrupted(ctx, tx, staleAfter); err != nil {
+		if op, found, err = registry.NextInterrupted(ctx, tx, p.o.StaleAfter); err != nil {
 			return err
 		}
 		if !found {
@@ -168,7 +165,7 @@ func (p *Provisioner) beat(ctx context.Context, op registry.Operation) (stop fun
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		ticker := time.NewTicker(beatEvery)
+		ticker := time.NewTicker(max(p.o.StaleAfter/5, time.Millisecond))
 		defer ticker.Stop()
 		for {
 			select {

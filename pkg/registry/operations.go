@@ -140,7 +140,9 @@ func oneRow(tag interface{ RowsAffected() int64 }, err error) error {
 // NextQueued locks the oldest operation that waits for a worker, until the transaction ends; others skip it. The bool
 // is false when there is none.
 func NextQueued(ctx context.Context, q postgres.Querier) (Operation, bool, error) {
+	// What waits for another operation on the same tenant does not hold up the others behind it.
 	const next = `select ` + operationColumns + ` from public.operations where state = 'queued'
+and not exists (select from public.operations r where r.state = 'running' and r.slug = operations.slug)
 order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next)))
 }
@@ -150,6 +152,15 @@ func NextInterrupted(ctx context.Context, q postgres.Querier, stale time.Duratio
 	const next = `select ` + operationColumns + ` from public.operations where state = 'running'
 and coalesce(heartbeat, created_at) < now() - $1::interval order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next, stale)))
+}
+
+// TakeUp makes the caller the one who carries out a running operation whose process has given no sign for as long as
+// stale; false: it is alive, has ended, or somebody else was faster.
+func TakeUp(ctx context.Context, q postgres.Querier, id uuid.UUID, stale time.Duration) (bool, error) {
+	const take = `update public.operations set heartbeat = now(), attempts = attempts + 1
+where id = $1 and state = 'running' and coalesce(heartbeat, created_at) < now() - $2::interval`
+	tag, err := q.Exec(ctx, take, id, stale)
+	return tag.RowsAffected() == 1, err
 }
 
 // Open finds the running operation on a tenant.

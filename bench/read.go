@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// measured is one row of a table.
+type measured struct {
+	perSecond float64
+	p99       string
+	backends  int
+	privateMB float64
+	serverMB  float64
+}
+
+// drive lets wrk read records of the tenants by Host header. With zipf the tenants are drawn with exponent 1.1.
+func (in *installation) drive(ctx context.Context, p *process, zipf bool, d time.Duration) (measured, error) {
+	ids, tokens := filepath.Join(in.b.dir, "ids"), filepath.Join(in.b.dir, "tokens")
+	var lines, toks strings.Builder
+	seen := map[int]bool{}
+	line := func(i int) {
+		path := "/api/v1/pipelines/deals/records/" + in.records[i][rand.IntN(len(in.records[i]))]
+		fmt.Fprintf(&lines, "%s %s\n", in.slugs[i], path)
+		if !seen[i] {
+			seen[i] = true
+			fmt.Fprintf(&toks, "%s %s\n", in.slugs[i], token(in.slugs[i]))
+		}
+	}
+	draws := max(20_000, 4*len(in.slugs))
+	if zipf {
+		for _, i := range zipfDraws(len(in.slugs), draws, 1.1) {
+			line(i)
+		}
+	} else {
+		for k := range draws {
+			line(k % len(in.slugs))
+		}
+	}
+	if err := os.WriteFile(ids, []byte(lines.String()), 0o600); err != nil {
+		return measured{}, err
+	}
+	if err := os.WriteFile(tokens, []byte(toks.String()), 0o600); err != nil {
+		return measured{}, err
+	}
+	host, port, _ := strings.Cut(p.addr, ":")
+	cmd := exec.CommandContext(ctx, "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", int(d.Seconds())), "--latency",
+		"-s", filepath.Join("lua", "tenants.lua"), "http://"+host+":"+port)
+	cmd.Env = append(os.Environ(), "IDS="+ids, "TOKENS="+tokens, "SUFFIX=localhost")
+	text, err := cmd.CombinedOutput()
+	if err != nil {
+		return measured{}, fmt.Errorf("wrk: %w: %s", err, text)
+	}
+	if !strings.Contains(string(text), "non2xx 0\n") {
+		return measured{}, fmt.Errorf("wrk got answers other than 2xx:\n%s", text)
+	}
+	var m measured
+	if g := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindSubmatch(text); g != nil {
+		m.perSecond, _ = strconv.ParseFloat(string(g[1]), 64)
+	}
+	if g := regexp.MustCompile(`99%\s+(\S+)`).FindSubmatch(text); g != nil {
+		m.p99 = string(g[1])
+	}
+	m.serverMB = p.residentMB()
+	m.backends, m.privateMB, err = in.backends(ctx)
+	return m, err
+}
+
+// zipfDraws draws tenants by rank with a weight of 1/rank^s; ranks are spread over the tenants at random.
+func zipfDraws(n, draws int, s float64) []int {
+	r := rand.New(rand.NewPCG(1, 2))
+	perm := r.Perm(n)
+	cumulated := make([]float64, n)
+	sum := 0.0
+	for i := range n {
+		sum += 1 / math.Pow(float64(i+1), s)
+		cumulated[i] = sum
+	}
+	out := make([]int, draws)
+	for k := range draws {
+		x := r.Float64() * sum
+		lo, hi := 0, n-1
+		for lo < hi {
+			mid := (lo + hi) / 2
+			if cumulated[mid] < x {
+				lo = mid + 1
+			} else {
+				hi = mid
+			}
+		}
+		out[k] = perm[lo]
+	}
+	return out
+}
+
+// contender is one way of serving the same read.
+type contender struct {
+	name string
+	zipf bool
+	run  func(context.Context) (*process, error)
+}
+
+// read compares the contenders at a number of tenants. Each is warmed up until every backend has seen its tenants, and
+// they take turns, so that each ratio compares neighbours in time.
+func (in *installation) read(ctx context.Context, contenders []contender) error {
+	n := len(in.slugs)
+	in.b.printf("### A record by id, %d tenants\n", n)
+	in.b.printf("16 connections (wrk), login checked, tenant resolved; floor: the same handler with a fixed, qualified, prepared statement and no tenant.\n")
+	in.b.printf("| way | requests/s | of the floor | p99 | backends, private MB | server MB |\n| --- | --- | --- | --- | --- | --- |")
+	var floor float64
+	for _, c := range contenders {
+		p, err := c.run(ctx)
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		warm := 4 * time.Second
+		if n > 1000 {
+			warm = 20 * time.Second
+		}
+		_, err = in.drive(ctx, p, c.zipf, warm)
+		var best measured
+		if err == nil {
+			best, err = in.drive(ctx, p, c.zipf, in.b.duration)
+		}
+		p.stop()
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		if floor == 0 {
+			floor = best.perSecond
+		}
+		in.b.printf("| %s | %.0f | **%.2f** | %s | %d, %.0f | %.0f |", c.name, best.perSecond, best.perSecond/floor, best.p99, best.backends, best.privateMB, best.serverMB)
+	}
+	in.b.printf("")
+	return nil
+}

@@ -1,0 +1,85 @@
+package pgtest
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// broken finds what must never be, at rest: each row is one sentence. An unfinished operation explains the state of its
+// own tenant and nothing else.
+const broken = `
+with open as (select tenant from public.operations where state = 'running')
+select format('I1: tenant %s (%s) has no placement', t.slug, t.state) from public.tenants t
+where t.group_name = 'main' and t.state in ('active', 'suspended', 'dropped')
+  and not exists (select from public.placements p where p.number = t.number) and t.number not in (select tenant from open)
+union all
+select format('I1: placement %s has no tenant', p.number) from public.placements p
+where not exists (select from public.tenants t where t.number = p.number and t.state <> 'purged') and p.number not in (select tenant from open)
+union all
+select format('I1: placement %s names a schema that is not there: %s', p.number, p.schema) from public.placements p
+where not exists (select from pg_namespace n where n.nspname = p.schema and n.oid = p.namespace)
+union all
+select format('I1: schema %s belongs to no placement', n.nspname) from pg_namespace n
+where n.nspname !~ '^pg_' and n.nspname not in ('public', 'ext', 'information_schema')
+  and not exists (select from public.placements p where p.schema = n.nspname)
+union all
+select format('I1: placement %s names a role that is not there: %s', p.number, p.role) from public.placements p
+where not exists (select from pg_roles r where r.rolname = p.role)
+union all
+select format('I1: role %s belongs to no placement', r.rolname) from pg_roles r, public.installation i
+where r.rolname like 'oneo\_' || i.id || '\_%' and not exists (select from public.placements p where p.role = r.rolname)
+union all
+select format('I1: tenant %s is %s, its placement %s', t.slug, t.state, p.state) from public.tenants t join public.placements p using (number)
+where t.state <> p.state and t.number not in (select tenant from open)
+union all
+select format('I2: tenant %s is at version %s, its ledger at %s', p.number, p.version, coalesce(l.head, 0)) from public.placements p
+left join (select tenant, max(version) head from public.ledger where set = 'tenant' group by tenant) l on l.tenant = p.number
+where p.version <> coalesce(l.head, 0)
+union all
+select format('I2: the ledger names tenant %s, which has no placement', l.tenant) from public.ledger l
+where l.set = 'tenant' and not exists (select from public.placements p where p.number = l.tenant)
+union all
+select format('I4: advisory lock (%s, %s) is held by pid %s', l.classid, l.objid, l.pid) from pg_locks l
+where l.locktype = 'advisory' and l.database = (select oid from pg_database where datname = current_database()) and l.pid <> pg_backend_pid()
+union all
+select format('I5: tenant %s is served and has no primary domain', t.slug) from public.tenants t
+where t.state in ('active', 'suspended') and not exists (select from public.domains d where d.tenant = t.number and d.is_primary)
+union all
+select format('I9: a connection rests in state %s', a.state) from pg_stat_activity a
+where a.datname = current_database() and a.state like 'idle in transaction%'`
+
+// Invariants fails the test when registry, placements, schemas, roles and ledger do not agree. Call it when nothing is
+// at work. In a second group's database, call it through Admin and Broken.
+func (env *Env) Invariants(t testing.TB) {
+	t.Helper()
+	if found := Broken(t, Admin(t, env.AdminURL)); len(found) > 0 {
+		t.Errorf("invariants broken:\n%s", join(found))
+	}
+}
+
+// Broken lists the invariants that do not hold in a database that has the registry.
+func Broken(t testing.TB, c *pgx.Conn) []string {
+	t.Helper()
+	rows, err := c.Query(context.Background(), broken)
+	if err != nil {
+		t.Fatalf("pgtest: invariants: %v", err)
+	}
+	found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatalf("pgtest: invariants: %v", err)
+	}
+	slices.Sort(found)
+	return found
+}
+
+func join(lines []string) string {
+	var s string
+	for _, l := range lines {
+		s += fmt.Sprintln("  " + l)
+	}
+	return s
+}
