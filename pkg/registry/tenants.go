@@ -4,7 +4,6 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -185,38 +184,11 @@ order by (left(slug, 2) = left($1, 2)) desc, abs(length(slug) - length($1)), slu
 	if err != nil {
 		return err
 	}
-	var like []string
-	for _, s := range slugs {
-		if strings.HasPrefix(s, name) || distance(s, name) <= max(1, len(name)/3) {
-			if like = append(like, s); len(like) == 5 {
-				break
-			}
-		}
-	}
+	like := fault.Nearest(name, slugs, 5)
 	if len(like) > 0 {
 		return f.WithHint("did you mean %s? `oneo tenant list` shows all", strings.Join(like, ", "))
 	}
 	return f.WithHint("`oneo tenant list` shows all")
-}
-
-// distance is the number of single edits between two short words (Levenshtein).
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			diagonal, row[j+1] = row[j+1], min(row[j]+1, row[j+1]+1, diagonal+cost)
-		}
-	}
-	return row[len(b)]
 }
 
 // Settings reads a tenant's settings: a JSON object whose member "public" anybody may see.
@@ -248,59 +220,6 @@ func SetSettings(ctx context.Context, q postgres.Querier, t tenant.Tenant, old, 
 		return fault.New(fault.Stale, "the settings were changed in between").WithCode("stale")
 	}
 	return err
-}
-
-// MergeSettings applies a merge patch (RFC 7396) to a tenant's settings and returns the result.
-func MergeSettings(ctx context.Context, q postgres.Querier, t tenant.Tenant, patch json.RawMessage) (json.RawMessage, error) {
-	p, err := object(patch)
-	if err != nil {
-		return nil, fault.New(fault.Unfit, "settings must be a JSON object").WithCode("settings")
-	}
-	old, err := Settings(ctx, q, t)
-	if err != nil {
-		return nil, err
-	}
-	current, err := object(old)
-	if err != nil {
-		return nil, fmt.Errorf("read settings: %w", err)
-	}
-	merged, err := json.Marshal(merge(current, p))
-	if err != nil {
-		return nil, fmt.Errorf("write settings: %w", err)
-	}
-	return merged, SetSettings(ctx, q, t, old, merged)
-}
-
-// object reads a JSON object and keeps its numbers as they are written.
-func object(raw json.RawMessage) (map[string]any, error) {
-	d := json.NewDecoder(bytes.NewReader(raw))
-	d.UseNumber()
-	var o map[string]any
-	if err := d.Decode(&o); err != nil {
-		return nil, err
-	}
-	if o == nil {
-		return nil, errors.New("not an object")
-	}
-	return o, nil
-}
-
-func merge(target, patch map[string]any) map[string]any {
-	if target == nil {
-		target = map[string]any{}
-	}
-	for k, v := range patch {
-		switch v := v.(type) {
-		case nil:
-			delete(target, k)
-		case map[string]any:
-			inner, _ := target[k].(map[string]any)
-			target[k] = merge(inner, v)
-		default:
-			target[k] = v
-		}
-	}
-	return target
 }
 
 // FlushCache raises the generation that is part of each of the tenant's cache keys.

@@ -1,0 +1,307 @@
+// Package config holds what can be set, where a value came from, and the defaults. A flag wins over the environment,
+// that over the file, that over the plain DATABASE_URL, REDIS_URL and PORT, and those over the default. An unknown key
+// is an error that names the nearest one. No value that it prints holds a password.
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+)
+
+// Config is every setting. config/oneo.yaml documents each of them, and is held equal to Default by a test.
+type Config struct {
+	Database Database `mapstructure:"database"`
+	Tenancy  Tenancy  `mapstructure:"tenancy"`
+	Redis    Redis    `mapstructure:"redis"`
+	Server   Server   `mapstructure:"server"`
+	Auth     Auth     `mapstructure:"auth"`
+	Cache    Cache    `mapstructure:"cache"`
+	Schemas  Schemas  `mapstructure:"schemas"`
+	Log      Log      `mapstructure:"log"`
+}
+
+// Database says how PostgreSQL is reached.
+type Database struct {
+	URL                      string           `mapstructure:"url"`
+	OwnerURL                 string           `mapstructure:"owner_url"`
+	DirectURL                string           `mapstructure:"direct_url"`
+	Groups                   map[string]Group `mapstructure:"groups"` // without main
+	Roles                    Roles            `mapstructure:"roles"`
+	MaxConns                 int              `mapstructure:"max_conns"`
+	SharedConns              int              `mapstructure:"shared_conns"`
+	OwnerConns               int              `mapstructure:"owner_conns"`
+	ConnectTimeout           time.Duration    `mapstructure:"connect_timeout"`
+	AcquireTimeout           time.Duration    `mapstructure:"acquire_timeout"`
+	StatementTimeout         time.Duration    `mapstructure:"statement_timeout"`
+	IdleInTransactionTimeout time.Duration    `mapstructure:"idle_in_transaction_timeout"`
+	LockTimeout              time.Duration    `mapstructure:"lock_timeout"`
+	Statements               string           `mapstructure:"statements"`
+	HotStatements            int              `mapstructure:"hot_statements"`
+	BackendMemory            Size             `mapstructure:"backend_memory"`
+}
+
+// Group is one database group besides main.
+type Group struct {
+	URL       string `mapstructure:"url"`
+	OwnerURL  string `mapstructure:"owner_url"`
+	DirectURL string `mapstructure:"direct_url"`
+}
+
+// Roles names PostgreSQL's roles.
+type Roles struct {
+	App   string `mapstructure:"app"`
+	Owner string `mapstructure:"owner"`
+}
+
+// Tenancy says how tenants are kept apart and for how long they are kept.
+type Tenancy struct {
+	Isolation  string        `mapstructure:"isolation"`
+	Logins     int           `mapstructure:"logins"`
+	InFlight   int           `mapstructure:"in_flight"`
+	DropGrace  time.Duration `mapstructure:"drop_grace"`
+	DomainHold time.Duration `mapstructure:"domain_hold"`
+}
+
+// Redis says how Redis is reached. Without a URL each process caches for itself.
+type Redis struct {
+	URL     string        `mapstructure:"url"`
+	Timeout time.Duration `mapstructure:"timeout"`
+}
+
+// Server says how HTTP is served.
+type Server struct {
+	Addr              string        `mapstructure:"addr"`
+	OpsAddr           string        `mapstructure:"ops_addr"`
+	PublicHosts       []string      `mapstructure:"public_hosts"`
+	BaseDomain        string        `mapstructure:"base_domain"`
+	PublicURL         string        `mapstructure:"public_url"`
+	Secret            string        `mapstructure:"secret"`
+	TrustedProxies    []string      `mapstructure:"trusted_proxies"`
+	ReadHeaderTimeout time.Duration `mapstructure:"read_header_timeout"`
+	ReadTimeout       time.Duration `mapstructure:"read_timeout"`
+	WriteTimeout      time.Duration `mapstructure:"write_timeout"`
+	IdleTimeout       time.Duration `mapstructure:"idle_timeout"`
+	RequestTimeout    time.Duration `mapstructure:"request_timeout"`
+	ShutdownGrace     time.Duration `mapstructure:"shutdown_grace"`
+	MaxBody           Size          `mapstructure:"max_body"`
+	MaxHeader         Size          `mapstructure:"max_header"`
+}
+
+// Auth says how people log in.
+type Auth struct {
+	SessionIdle     time.Duration `mapstructure:"session_idle"`
+	SessionAbsolute time.Duration `mapstructure:"session_absolute"`
+	HashConcurrency int           `mapstructure:"hash_concurrency"`
+	LoginsPerMinute int           `mapstructure:"logins_per_minute"`
+}
+
+// Cache says how long looked-up values are kept.
+type Cache struct {
+	TenantTTL   time.Duration `mapstructure:"tenant_ttl"`
+	NegativeTTL time.Duration `mapstructure:"negative_ttl"`
+	SharedTTL   time.Duration `mapstructure:"shared_ttl"`
+	LocalTTL    time.Duration `mapstructure:"local_ttl"`
+}
+
+// Schemas says where a product's own tenant migrations are.
+type Schemas struct {
+	Dir string `mapstructure:"dir"`
+}
+
+// Log says what is logged and how.
+type Log struct {
+	Level  string `mapstructure:"level"`
+	Format string `mapstructure:"format"`
+}
+
+// Default is every setting's default.
+func Default() Config {
+	return Config{
+		Database: Database{
+			Groups: map[string]Group{}, Roles: Roles{App: "oneo_app", Owner: "oneo_owner"},
+			MaxConns: 32, SharedConns: 8, OwnerConns: 8,
+			ConnectTimeout: 5 * time.Second, AcquireTimeout: 2 * time.Second, StatementTimeout: 15 * time.Second,
+			IdleInTransactionTimeout: 30 * time.Second, LockTimeout: time.Second,
+			Statements: "prepared", HotStatements: 1024, BackendMemory: 512 << 20,
+		},
+		Tenancy: Tenancy{Isolation: "role", Logins: 8, DropGrace: 30 * 24 * time.Hour, DomainHold: 7 * 24 * time.Hour},
+		Redis:   Redis{Timeout: 150 * time.Millisecond},
+		Server: Server{
+			Addr: ":8000", OpsAddr: "127.0.0.1:8001", PublicHosts: []string{"localhost"}, BaseDomain: "localhost",
+			PublicURL: "http://localhost:8000", TrustedProxies: []string{},
+			ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute,
+			RequestTimeout: 30 * time.Second, ShutdownGrace: 20 * time.Second, MaxBody: 1 << 20, MaxHeader: 16 << 10,
+		},
+		Auth:  Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
+		Cache: Cache{TenantTTL: 10 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 2 * time.Second},
+		Log:   Log{Level: "info", Format: "text"},
+	}
+}
+
+// Size is a number of bytes, written as a number or with KB, MB or GB (powers of 1024).
+type Size int64
+
+var sizeForm = regexp.MustCompile(`^(\d{1,12})(?:\s*(B|KB|MB|GB))?$`)
+
+// ParseSize reads a size.
+func ParseSize(s string) (Size, error) {
+	m := sizeForm.FindStringSubmatch(strings.TrimSpace(s))
+	if m == nil {
+		return 0, fmt.Errorf("%q is no size; write for example 512MB", s)
+	}
+	n, err := strconv.ParseInt(m[1], 10, 64)
+	if err != nil {
+		return 0, err
+	}
+	shift := map[string]uint{"": 0, "B": 0, "KB": 10, "MB": 20, "GB": 30}[m[2]]
+	if n > (1<<50)>>shift {
+		return 0, fmt.Errorf("%q is too large", s)
+	}
+	return Size(n << shift), nil
+}
+
+// String writes the size with the largest unit that divides it.
+func (s Size) String() string {
+	for _, u := range []struct {
+		name  string
+		shift uint
+	}{{"GB", 30}, {"MB", 20}, {"KB", 10}} {
+		if s > 0 && s%(1<<u.shift) == 0 {
+			return strconv.FormatInt(int64(s)>>u.shift, 10) + u.name
+		}
+	}
+	return strconv.FormatInt(int64(s), 10) + "B"
+}
+
+// MainGroup is the group that database.url itself describes.
+const MainGroup = "main"
+
+// AllGroups are the configured groups, main included. What a group leaves out of its three URLs is filled by the one
+// before it.
+func (c Config) AllGroups() map[string]Group {
+	all := map[string]Group{MainGroup: {URL: c.Database.URL, OwnerURL: c.Database.OwnerURL, DirectURL: c.Database.DirectURL}}
+	for name, g := range c.Database.Groups {
+		all[name] = g
+	}
+	for name, g := range all {
+		if g.OwnerURL == "" {
+			g.OwnerURL = g.URL
+		}
+		if g.DirectURL == "" {
+			g.DirectURL = g.OwnerURL
+		}
+		all[name] = g
+	}
+	return all
+}
+
+var groupForm = regexp.MustCompile(`^[a-z0-9]{1,32}$`)
+
+// MinSecretBytes is the least length of server.secret.
+const MinSecretBytes = 32
+
+// Validate names every setting whose value cannot be used. That a database is set is left to those who need one.
+func (c Config) Validate() error {
+	var fields []fault.Field
+	bad := func(key, format string, args ...any) {
+		fields = append(fields, fault.Field{Parameter: key, Code: "setting", Detail: fmt.Sprintf(format, args...)})
+	}
+	oneOf := func(key, value string, values ...string) {
+		if !slices.Contains(values, value) {
+			bad(key, "must be one of %s", strings.Join(values, ", "))
+		}
+	}
+	between := func(key string, n, least, most int) {
+		if n < least || n > most {
+			bad(key, "must be from %d to %d", least, most)
+		}
+	}
+	positive := func(key string, d time.Duration) {
+		if d <= 0 {
+			bad(key, "must be above 0, for example 5s")
+		}
+	}
+	d := c.Database
+	oneOf("database.statements", d.Statements, "prepared", "unprepared")
+	between("database.max_conns", d.MaxConns, 1, 10_000)
+	between("database.shared_conns", d.SharedConns, 1, 1000)
+	between("database.owner_conns", d.OwnerConns, 1, 1000)
+	between("database.hot_statements", d.HotStatements, 0, 100_000)
+	positive("database.connect_timeout", d.ConnectTimeout)
+	positive("database.acquire_timeout", d.AcquireTimeout)
+	positive("database.statement_timeout", d.StatementTimeout)
+	positive("database.idle_in_transaction_timeout", d.IdleInTransactionTimeout)
+	positive("database.lock_timeout", d.LockTimeout)
+	if d.Roles.App == "" || d.Roles.Owner == "" || d.Roles.App == d.Roles.Owner {
+		bad("database.roles", "app and owner must be two different names")
+	}
+	for name, g := range d.Groups {
+		if !groupForm.MatchString(name) || name == MainGroup {
+			bad("database.groups", "%q is no name for a group; use [a-z0-9]+, and database.url for main", name)
+		}
+		if g.URL == "" {
+			bad("database.groups."+name+".url", "must be set")
+		}
+	}
+	oneOf("tenancy.isolation", c.Tenancy.Isolation, "role", "schema")
+	between("tenancy.logins", c.Tenancy.Logins, 0, 64)
+	between("tenancy.in_flight", c.Tenancy.InFlight, 0, 10_000)
+	positive("tenancy.drop_grace", c.Tenancy.DropGrace)
+	if c.Tenancy.DomainHold < 0 {
+		bad("tenancy.domain_hold", "must not be below 0")
+	}
+	positive("redis.timeout", c.Redis.Timeout)
+	if c.Redis.URL != "" {
+		u, err := url.Parse(c.Redis.URL)
+		if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" && u.Scheme != "unix" {
+			bad("redis.url", "must be a redis:// or rediss:// URL")
+		}
+	}
+	s := c.Server
+	if u, err := url.Parse(s.PublicURL); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+		bad("server.public_url", "must be an http or https URL, for example https://example.com")
+	}
+	if s.Secret != "" && len(s.Secret) < MinSecretBytes {
+		bad("server.secret", "must have at least %d bytes, for example from `openssl rand -hex 32`", MinSecretBytes)
+	}
+	for _, p := range s.TrustedProxies {
+		if _, err := netip.ParsePrefix(p); err != nil {
+			bad("server.trusted_proxies", "%q is no network; write for example 10.0.0.0/8", p)
+		}
+	}
+	for key, v := range map[string]time.Duration{
+		"server.read_header_timeout": s.ReadHeaderTimeout, "server.read_timeout": s.ReadTimeout, "server.write_timeout": s.WriteTimeout,
+		"server.idle_timeout": s.IdleTimeout, "server.request_timeout": s.RequestTimeout, "server.shutdown_grace": s.ShutdownGrace,
+		"auth.session_idle": c.Auth.SessionIdle, "auth.session_absolute": c.Auth.SessionAbsolute,
+		"cache.tenant_ttl": c.Cache.TenantTTL, "cache.negative_ttl": c.Cache.NegativeTTL,
+		"cache.shared_ttl": c.Cache.SharedTTL, "cache.local_ttl": c.Cache.LocalTTL,
+	} {
+		positive(key, v)
+	}
+	if s.MaxBody < 1<<10 || s.MaxBody > 1<<30 {
+		bad("server.max_body", "must be from 1KB to 1GB")
+	}
+	if s.MaxHeader < 1<<10 || s.MaxHeader > 1<<20 {
+		bad("server.max_header", "must be from 1KB to 1MB")
+	}
+	between("auth.hash_concurrency", c.Auth.HashConcurrency, 1, 256)
+	between("auth.logins_per_minute", c.Auth.LoginsPerMinute, 1, 100_000)
+	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	oneOf("log.format", c.Log.Format, "text", "json")
+	if len(fields) == 0 {
+		return nil
+	}
+	slices.SortFunc(fields, func(a, b fault.Field) int { return strings.Compare(a.Parameter, b.Parameter) })
+	f := fault.New(fault.Invalid, "setting %s: %s", fields[0].Parameter, fields[0].Detail).WithCode("setting").
+		WithHint("`oneo config show --origin` says where each value comes from")
+	f.Fields = fields
+	return f
+}
