@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 
@@ -33,6 +34,9 @@ func ParseHost(s string) (Host, error) {
 	}
 	if len(s) > 300 {
 		return Host{}, bad("is too long")
+	}
+	if !utf8.ValidString(s) { // idna would make the replacement character of it: many inputs, one host
+		return Host{}, bad("is no DNS name")
 	}
 	name := s
 	if strings.ContainsRune(name, ':') {
