@@ -1,0 +1,316 @@
+// Package cache keeps values in Redis under each tenant's prefix, tells the other processes what to forget, and counts
+// for rate limits. It is never needed: a Redis that is away, hangs, was flushed or rolled back is a cache that holds
+// nothing, and costs a process no more than a few failed calls before it is left alone for a second.
+//
+// Keys are made here only, from parts that are checked: <schema>:<generation>:<kind>:<id> of a tenant and
+// public:<kind>:<id> of the installation. Raising a tenant's generation flushes it.
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+	"github.com/sony/gobreaker/v2"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Options says how Redis is reached.
+type Options struct {
+	URL     string        // empty: there is none, and nothing is kept
+	Timeout time.Duration // for each command
+	Logger  *slog.Logger
+}
+
+// MaxTTL bounds how long anything is kept.
+const MaxTTL = 24 * time.Hour
+
+// Cache is one process's way to Redis. It is safe for concurrent use and must be closed.
+type Cache struct {
+	client  *redis.Client // nil: there is none
+	breaker *gobreaker.CircuitBreaker[any]
+	timeout time.Duration
+	log     *slog.Logger
+	hits    atomic.Int64
+	misses  atomic.Int64
+	limiter *limiter
+
+	mu        sync.Mutex
+	listeners []func(Message)
+}
+
+// Open makes the client; it connects at the first use. The fault is Invalid when the URL cannot be read.
+func Open(o Options) (*Cache, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Timeout <= 0 {
+		return nil, errors.New("cache: Timeout must be above 0")
+	}
+	c := &Cache{timeout: o.Timeout, log: o.Logger}
+	c.breaker = gobreaker.NewCircuitBreaker[any](gobreaker.Settings{
+		Name: "redis", Timeout: time.Second,
+		ReadyToTrip:  func(n gobreaker.Counts) bool { return n.ConsecutiveFailures >= 3 },
+		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, redis.Nil) || errors.Is(err, context.Canceled) },
+		OnStateChange: func(_ string, _, to gobreaker.State) {
+			o.Logger.Warn("redis", "breaker", to.String())
+		},
+	})
+	if o.URL != "" {
+		ro, err := redis.ParseURL(o.URL)
+		if err != nil {
+			return nil, fault.New(fault.Invalid, "redis.url cannot be read").WithCode("redis_url") // err may quote the password
+		}
+		// The defaults take 1.7 s to fail.
+		ro.MaxRetries, ro.DialerRetries, ro.DialTimeout = -1, 1, max(o.Timeout, 200*time.Millisecond)
+		ro.ReadTimeout, ro.WriteTimeout, ro.ContextTimeoutEnabled = o.Timeout, o.Timeout, true
+		ro.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+		c.client = redis.NewClient(ro)
+	}
+	limiter, err := newLimiter(c)
+	if err != nil {
+		return nil, err
+	}
+	c.limiter = limiter
+	return c, nil
+}
+
+// Close closes the connections.
+func (c *Cache) Close() error {
+	c.limiter.close()
+	if c.client == nil {
+		return nil
+	}
+	return c.client.Close()
+}
+
+// do runs one command unless Redis has just failed several times.
+func (c *Cache) do(ctx context.Context, fn func(context.Context) error) error {
+	if c.client == nil {
+		return redis.Nil
+	}
+	_, err := c.breaker.Execute(func() (any, error) {
+		ctx, cancel := context.WithTimeout(ctx, c.timeout)
+		defer cancel()
+		return nil, fn(ctx)
+	})
+	return err
+}
+
+// Ping asks whether Redis answers. Unavailable: it does not. Without a URL there is nothing to ask.
+func (c *Cache) Ping(ctx context.Context) error {
+	if c.client == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	if err := c.client.Ping(ctx).Err(); err != nil {
+		return fault.Wrap(err, fault.Unavailable, "Redis does not answer").WithCode("redis_unreachable")
+	}
+	return nil
+}
+
+// Key is a key that this package made.
+type Key struct{ s string }
+
+// String is the key as Redis knows it.
+func (k Key) String() string { return k.s }
+
+const maxPart = 200
+
+// TenantKey makes a key under a tenant's prefix. The fault is Internal when a part could be mistaken for something
+// else.
+func TenantKey(t tenant.Tenant, kind, id string) (Key, error) {
+	if t.IsZero() {
+		return Key{}, fault.New(fault.Internal, "a cache key of no tenant")
+	}
+	if err := checkParts(kind, id); err != nil {
+		return Key{}, err
+	}
+	return Key{t.Schema.String() + ":" + strconv.FormatInt(t.CacheGeneration, 10) + ":" + kind + ":" + id}, nil
+}
+
+// PublicKey makes a key of the installation. No tenant's schema is called public.
+func PublicKey(kind, id string) (Key, error) {
+	if err := checkParts(kind, id); err != nil {
+		return Key{}, err
+	}
+	return Key{"public:" + kind + ":" + id}, nil
+}
+
+func checkParts(parts ...string) error {
+	for _, p := range parts {
+		if p == "" || len(p) > maxPart {
+			return fault.New(fault.Internal, "a cache key's part is empty or too long")
+		}
+		for i := range len(p) {
+			if c := p[i]; c <= ' ' || c >= 0x7f || strings.IndexByte(`:{}*?[]\`, c) >= 0 {
+				return fault.New(fault.Internal, "a cache key's part holds %q", string(rune(c)))
+			}
+		}
+	}
+	return nil
+}
+
+// Get finds a value.
+func (c *Cache) Get(ctx context.Context, k Key) ([]byte, bool) {
+	var v []byte
+	err := c.do(ctx, func(ctx context.Context) (err error) {
+		v, err = c.client.Get(ctx, k.s).Bytes()
+		return err
+	})
+	if err != nil {
+		c.misses.Add(1)
+		return nil, false
+	}
+	c.hits.Add(1)
+	return v, true
+}
+
+// Set stores a value for ttl, at most MaxTTL. What fails is a cache that holds nothing.
+func (c *Cache) Set(ctx context.Context, k Key, value []byte, ttl time.Duration) {
+	c.store(ctx, ttl, func(ctx context.Context, ttl time.Duration) error { return c.client.Set(ctx, k.s, value, ttl).Err() })
+}
+
+// Add stores a value for ttl unless there is one.
+func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration) {
+	c.store(ctx, ttl, func(ctx context.Context, ttl time.Duration) error {
+		return c.client.SetArgs(ctx, k.s, value, redis.SetArgs{Mode: "NX", TTL: ttl}).Err()
+	})
+}
+
+func (c *Cache) store(ctx context.Context, ttl time.Duration, fn func(context.Context, time.Duration) error) {
+	if ttl < time.Millisecond {
+		return
+	}
+	_ = c.do(ctx, func(ctx context.Context) error { return fn(ctx, min(ttl, MaxTTL)) }) // best effort, counted by the breaker
+}
+
+// Delete removes values.
+func (c *Cache) Delete(ctx context.Context, keys ...Key) {
+	if len(keys) == 0 {
+		return
+	}
+	names := make([]string, len(keys))
+	for i, k := range keys {
+		names[i] = k.s
+	}
+	_ = c.do(ctx, func(ctx context.Context) error { return c.client.Del(ctx, names...).Err() }) // best effort: it ends by its time to live
+}
+
+// Stats counts what this process asked for.
+type Stats struct {
+	Hits, Misses int64
+	Breaker      string // closed, half-open or open
+}
+
+// Stats counts what this process asked for.
+func (c *Cache) Stats() Stats {
+	return Stats{Hits: c.hits.Load(), Misses: c.misses.Load(), Breaker: c.breaker.State().String()}
+}
+
+// Message tells the other processes what to forget.
+type Message struct {
+	Kind  string // the listener's word: letters only
+	Value string
+}
+
+const channel = "oneo:invalidate"
+
+// OnMessage registers a listener for Publish of this process and of others. Register before Listen.
+func (c *Cache) OnMessage(fn func(Message)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.listeners = append(c.listeners, fn)
+}
+
+func (c *Cache) deliver(m Message) {
+	c.mu.Lock()
+	listeners := c.listeners
+	c.mu.Unlock()
+	for _, fn := range listeners {
+		fn(m)
+	}
+}
+
+// Publish tells this process at once, whatever becomes of Redis, and the others as soon as Redis does.
+func (c *Cache) Publish(ctx context.Context, m Message) {
+	c.deliver(m)
+	_ = c.do(ctx, func(ctx context.Context) error { // best effort: the others' times to live bound what they miss
+		return c.client.Publish(ctx, channel, m.Kind+" "+m.Value).Err()
+	})
+}
+
+// Listen receives the other processes' messages until ctx ends. stale is called after every connection but the first:
+// messages may have been missed.
+func (c *Cache) Listen(ctx context.Context, stale func()) {
+	if c.client == nil {
+		<-ctx.Done()
+		return
+	}
+	first := true
+	for ctx.Err() == nil {
+		c.listenOnce(ctx, func() {
+			if !first {
+				stale()
+			}
+			first = false
+		})
+		timer := time.NewTimer(time.Second)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+}
+
+func (c *Cache) listenOnce(ctx context.Context, connected func()) {
+	sub := c.client.Subscribe(ctx, channel)
+	defer sub.Close()
+	if _, err := sub.ReceiveTimeout(ctx, c.timeout+time.Second); err != nil {
+		return
+	}
+	connected()
+	for {
+		// A server that died without a word is noticed by its silence after a ping.
+		msg, err := sub.ReceiveTimeout(ctx, 30*time.Second)
+		var timeout interface{ Timeout() bool }
+		if errors.As(err, &timeout) && timeout.Timeout() && ctx.Err() == nil {
+			if sub.Ping(ctx) != nil {
+				return
+			}
+			if _, err := sub.ReceiveTimeout(ctx, c.timeout+time.Second); err != nil {
+				return
+			}
+			continue
+		}
+		if err != nil {
+			return
+		}
+		if m, ok := msg.(*redis.Message); ok {
+			if kind, value, ok := strings.Cut(m.Payload, " "); ok {
+				c.deliver(Message{Kind: kind, Value: value})
+			}
+		}
+	}
+}
+
+// String says where Redis is, without a password.
+func (c *Cache) String() string {
+	if c.client == nil {
+		return "no Redis"
+	}
+	o := c.client.Options()
+	return fmt.Sprintf("%s/%d", o.Addr, o.DB)
+}
