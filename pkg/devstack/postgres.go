@@ -1,0 +1,312 @@
+package devstack
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+)
+
+// FindPostgres finds the folder of PostgreSQL's programs: the newest of the distribution's, or what is in the path.
+func FindPostgres() (string, error) {
+	candidates, err := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if err != nil {
+		return "", err
+	}
+	version := func(dir string) float64 {
+		v, err := strconv.ParseFloat(filepath.Base(filepath.Dir(dir)), 64)
+		if err != nil {
+			return 0
+		}
+		return v
+	}
+	slices.SortFunc(candidates, func(a, b string) int { return int(10 * (version(b) - version(a))) })
+	if path, err := exec.LookPath("postgres"); err == nil {
+		candidates = append(candidates, filepath.Dir(path))
+	}
+	more, _ := filepath.Glob("/opt/homebrew/opt/postgresql@*/bin") // the pattern is constant
+	candidates = append(append(candidates, "/usr/local/pgsql/bin", "/usr/pgsql/bin"), more...)
+	for _, dir := range candidates {
+		_, err1 := os.Stat(filepath.Join(dir, "postgres"))
+		_, err2 := os.Stat(filepath.Join(dir, "initdb"))
+		if err1 == nil && err2 == nil {
+			return dir, nil
+		}
+	}
+	return "", fault.New(fault.Unavailable, "PostgreSQL is not installed on this machine").WithCode("no_postgres").
+		WithHint("run scripts/setup.sh, or `apt-get install postgresql`, or set ONEO_DATABASE_URL to a server elsewhere")
+}
+
+// PostgresOptions says how PostgreSQL is started.
+type PostgresOptions struct {
+	Dir      string            // holds the data folder, the log and the superuser's password; kept
+	Port     int               // 0: the port of the last start if it is free, or any free one
+	Settings map[string]string // as in postgresql.conf
+	Fast     bool              // forgets everything in a crash: for tests
+	Trust    bool              // no passwords on the loopback: for tests
+}
+
+// Postgres is a running server.
+type Postgres struct {
+	opts     PostgresOptions
+	bin      string
+	servant  servant
+	port     int
+	password string
+	process  *process
+}
+
+const superuser = "postgres"
+
+// StartPostgres starts a server on Dir, making its data folder first where there is none. It returns when the server
+// answers. Faults of kind Unavailable say what is missing.
+func StartPostgres(ctx context.Context, o PostgresOptions) (*Postgres, error) {
+	bin, err := FindPostgres()
+	if err != nil {
+		return nil, err
+	}
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return nil, fmt.Errorf("data folder: %w", err)
+	}
+	s, err := findServant()
+	if err != nil {
+		return nil, err
+	}
+	p := &Postgres{opts: o, bin: bin, servant: s}
+	if err := s.own(p.data()); err != nil {
+		return nil, err
+	}
+	if err := s.own(p.sockets()); err != nil {
+		return nil, err
+	}
+	if err := p.initialise(ctx); err != nil {
+		return nil, err
+	}
+	if err := p.running(); err != nil {
+		return nil, err
+	}
+	if err := p.choosePort(); err != nil {
+		return nil, err
+	}
+	return p, p.start(ctx)
+}
+
+func (p *Postgres) data() string     { return filepath.Join(p.opts.Dir, "postgres") }
+func (p *Postgres) log() string      { return filepath.Join(p.opts.Dir, "postgres.log") }
+func (p *Postgres) secret() string   { return filepath.Join(p.opts.Dir, "postgres.password") }
+func (p *Postgres) lastPort() string { return filepath.Join(p.opts.Dir, "postgres.port") }
+
+// sockets is where the socket lies: a path may have 107 bytes only, so a deep folder has its socket elsewhere.
+func (p *Postgres) sockets() string {
+	dir := filepath.Join(p.opts.Dir, "socket")
+	if len(dir) > 80 {
+		return filepath.Join(os.TempDir(), fmt.Sprintf("oneo-socket-%d", os.Getpid()))
+	}
+	return dir
+}
+
+// initialise makes the data folder. A folder whose making was interrupted is made again: it holds nothing yet.
+func (p *Postgres) initialise(ctx context.Context) error {
+	password, err := os.ReadFile(p.secret())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read the superuser's password: %w", err)
+	}
+	p.password = strings.TrimSpace(string(password))
+	ready := filepath.Join(p.data(), "oneo-initialised")
+	if _, err := os.Stat(ready); err == nil {
+		return nil
+	}
+	entries, err := os.ReadDir(p.data())
+	if err != nil {
+		return fmt.Errorf("look into the data folder: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(p.data(), "global", "pg_control")); err == nil && len(entries) > 0 {
+		if p.password == "" {
+			return fault.New(fault.Conflict, "%s holds a PostgreSQL that oneo did not make", p.data()).WithCode("foreign_data").
+				WithHint("choose another folder with --data")
+		}
+	}
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(p.data(), e.Name())); err != nil {
+			return fmt.Errorf("clear a half-made data folder: %w", err)
+		}
+	}
+	b := make([]byte, 24)
+	if _, err := rand.Read(b); err != nil {
+		return fmt.Errorf("make a password: %w", err)
+	}
+	p.password = hex.EncodeToString(b)
+	if err := os.WriteFile(p.secret(), []byte(p.password+"\n"), 0o600); err != nil {
+		return fmt.Errorf("keep the superuser's password: %w", err)
+	}
+	auth := "scram-sha-256"
+	if p.opts.Trust {
+		auth = "trust"
+	}
+	// A file that the server's user may read, for as long as initdb runs.
+	pwfile := filepath.Join(p.sockets(), "initdb.password")
+	if err := os.WriteFile(pwfile, []byte(p.password+"\n"), 0o600); err != nil {
+		return fmt.Errorf("hand the password to initdb: %w", err)
+	}
+	defer os.Remove(pwfile)
+	if p.servant.credential != nil {
+		if err := os.Chown(pwfile, p.servant.uid, p.servant.gid); err != nil {
+			return fmt.Errorf("hand the password to initdb: %w", err)
+		}
+	}
+	cmd := p.servant.command(filepath.Join(p.bin, "initdb"), "--pgdata", p.data(), "--username", superuser, "--no-sync",
+		"--encoding", "UTF8", "--locale", "C.UTF-8", "--auth", auth, "--pwfile", pwfile)
+	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("initdb: %w: %s", err, text)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return os.WriteFile(ready, nil, 0o600)
+}
+
+// running refuses a data folder that another server is working on.
+func (p *Postgres) running() error {
+	text, err := os.ReadFile(filepath.Join(p.data(), "postmaster.pid"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read postmaster.pid: %w", err)
+	}
+	lines := strings.Split(string(text), "\n")
+	pid, err := strconv.Atoi(strings.TrimSpace(lines[0]))
+	if err != nil || pid <= 0 || syscall.Kill(pid, 0) != nil {
+		return nil // left behind by a killed server: PostgreSQL recovers by itself
+	}
+	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil && strings.TrimSpace(string(name)) != "postgres" {
+		return nil // the number is another process's by now
+	}
+	return fault.New(fault.Conflict, "a PostgreSQL (pid %d) is running on %s already", pid, p.data()).WithCode("already_running").
+		WithHint("another `oneo dev` has this folder: stop it, or choose another one with --data")
+}
+
+func (p *Postgres) choosePort() error {
+	p.port = p.opts.Port
+	if p.port != 0 {
+		return nil
+	}
+	if text, err := os.ReadFile(p.lastPort()); err == nil {
+		if n, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && portFree(n) {
+			p.port = n
+			return nil
+		}
+	}
+	var err error
+	if p.port, err = freePort(); err != nil {
+		return err
+	}
+	return os.WriteFile(p.lastPort(), []byte(strconv.Itoa(p.port)+"\n"), 0o600)
+}
+
+func (p *Postgres) start(ctx context.Context) error {
+	log, err := os.OpenFile(p.log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("open the log: %w", err)
+	}
+	defer log.Close()
+	settings := map[string]string{"listen_addresses": "127.0.0.1", "unix_socket_directories": p.sockets(), "port": strconv.Itoa(p.port), "logging_collector": "off"}
+	if p.opts.Fast {
+		settings["fsync"], settings["synchronous_commit"], settings["full_page_writes"] = "off", "off", "off"
+	}
+	for k, v := range p.opts.Settings {
+		settings[k] = v
+	}
+	args := []string{"-D", p.data()}
+	for k, v := range settings {
+		args = append(args, "-c", k+"="+v)
+	}
+	cmd := p.servant.command(filepath.Join(p.bin, "postgres"), args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8")
+	cmd.Stdout, cmd.Stderr = log, log
+	// SIGINT is PostgreSQL's fast shutdown.
+	if p.process, err = startProcess(cmd, syscall.SIGINT); err != nil {
+		return fmt.Errorf("start PostgreSQL: %w", err)
+	}
+	if err := p.await(ctx); err != nil {
+		_ = p.process.stop(ctx, 5*time.Second, syscall.SIGQUIT) // the reason is told already
+		return err
+	}
+	return nil
+}
+
+// await waits until the server says in its pid file that it takes connections.
+func (p *Postgres) await(ctx context.Context) error {
+	deadline := time.Now().Add(60 * time.Second)
+	for {
+		if text, err := os.ReadFile(filepath.Join(p.data(), "postmaster.pid")); err == nil {
+			lines := strings.Split(string(text), "\n")
+			if len(lines) > 7 && strings.TrimSpace(lines[0]) == strconv.Itoa(p.process.cmd.Process.Pid) && strings.TrimSpace(lines[7]) == "ready" {
+				return nil
+			}
+		}
+		if p.process.ended() {
+			return fault.New(fault.Unavailable, "PostgreSQL ended while starting; its log says:\n%s", tail(p.log())).WithCode("postgres_start")
+		}
+		if time.Now().After(deadline) {
+			return fault.New(fault.Unavailable, "PostgreSQL was not ready within a minute; its log says:\n%s", tail(p.log())).WithCode("postgres_start")
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// URL is the superuser's way to a database.
+func (p *Postgres) URL(database string) string {
+	u := url.URL{
+		Scheme: "postgres", User: url.UserPassword(superuser, p.password), Host: "127.0.0.1:" + strconv.Itoa(p.port),
+		Path: "/" + database, RawQuery: "sslmode=disable",
+	}
+	if p.opts.Trust {
+		u.User = url.User(superuser)
+	}
+	return u.String()
+}
+
+// Port is where the server listens on 127.0.0.1.
+func (p *Postgres) Port() int { return p.port }
+
+// Pid is the server's process id.
+func (p *Postgres) Pid() int { return p.process.cmd.Process.Pid }
+
+// Stop ends the server in order: sessions are ended, what is committed stays.
+func (p *Postgres) Stop(ctx context.Context) error {
+	return p.process.stop(ctx, 20*time.Second, syscall.SIGINT, syscall.SIGQUIT)
+}
+
+// Kill ends the server as a crash does.
+func (p *Postgres) Kill() error {
+	err := p.process.signal(syscall.SIGKILL)
+	<-p.process.done
+	return err
+}
+
+// Restart stops the server if it runs and starts it on the same port.
+func (p *Postgres) Restart(ctx context.Context) error {
+	if err := p.Stop(ctx); err != nil {
+		return err
+	}
+	return p.start(ctx)
+}
