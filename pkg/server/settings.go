@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/crm"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -15,8 +16,8 @@ import (
 // the shared tables; the transaction given is one on those.
 type Settings interface {
 	Settings(ctx context.Context, tx Tx, t tenant.Tenant) (json.RawMessage, error)
-	// MergeSettings applies a merge patch (RFC 7396) and returns the result.
-	MergeSettings(ctx context.Context, tx Tx, t tenant.Tenant, patch json.RawMessage) (json.RawMessage, error)
+	// SetSettings replaces them if they are still the old ones; Stale: they are not.
+	SetSettings(ctx context.Context, tx Tx, t tenant.Tenant, old, settings json.RawMessage) error
 }
 
 const settingsPath = "/api/v1/settings"
@@ -65,11 +66,15 @@ func (s *Server) settings(ctx context.Context, t tenant.Tenant) (json.RawMessage
 }
 
 func (s *Server) patchSettings(ctx context.Context, r *Request, tx Tx) (Reply, error) {
-	var patch map[string]json.RawMessage
-	if err := json.Unmarshal(r.Body, &patch); err != nil || patch == nil {
-		return Reply{}, badField("", "type", "a merge patch of settings is a JSON object")
+	old, err := s.opts.Settings.Settings(ctx, tx, r.Tenant)
+	if err != nil {
+		return Reply{}, err
 	}
-	settings, err := s.opts.Settings.MergeSettings(ctx, tx, r.Tenant, r.Body)
+	settings, err := crm.MergePatch(old, r.Body)
+	if err != nil {
+		return Reply{}, err
+	}
+	err = s.opts.Settings.SetSettings(ctx, tx, r.Tenant, old, settings)
 	if fault.Is(err, fault.Stale) {
 		// No version was asked for: to the caller it is a race that is worth another try.
 		return Reply{}, fault.Wrap(err, fault.Conflict, "the settings were changed at the same moment; please try again").WithCode("settings_changed")
