@@ -1,0 +1,259 @@
+// Package app puts the parts of oneo together from a configuration, and takes them apart last-first. It knows neither
+// flags nor signals.
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/cache"
+	"github.com/oneo-crm/oneo/pkg/config"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/schemas"
+)
+
+// App is one process's oneo. It is safe for concurrent use and must be closed.
+type App struct {
+	Config    config.Config
+	Log       *slog.Logger
+	DB        *postgres.DB
+	Cache     *cache.Cache
+	Migrate   *migrate.Migrator
+	Provision *provision.Provisioner
+	Resolver  *registry.Resolver
+	Hasher    *auth.Hasher
+	Base      tenant.Host // a tenant's default domain is <slug>.<base>
+
+	closers []func() error
+}
+
+// Open makes the parts. It connects nothing: each connects at its first use.
+func Open(c config.Config, log *slog.Logger) (*App, error) {
+	a := &App{Config: c, Log: log, Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
+	if err := a.open(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}
+
+// Close takes the parts apart, the last one first.
+func (a *App) Close() error {
+	var errs []error
+	for i := len(a.closers) - 1; i >= 0; i-- {
+		errs = append(errs, a.closers[i]())
+	}
+	a.closers = nil
+	return errors.Join(errs...)
+}
+
+func (a *App) onClose(fn func() error) { a.closers = append(a.closers, fn) }
+
+func (a *App) open() (err error) {
+	c := a.Config
+	if a.Base, err = tenant.ParseHost(c.Server.BaseDomain); err != nil {
+		return err
+	}
+	if a.DB, err = postgres.Open(DatabaseOptions(c, a.Log)); err != nil {
+		return err
+	}
+	a.onClose(func() error { a.DB.Close(); return nil })
+	if a.Cache, err = cache.Open(cache.Options{URL: c.Redis.URL, Timeout: c.Redis.Timeout, Logger: a.Log}); err != nil {
+		return err
+	}
+	a.onClose(a.Cache.Close)
+	mo := migrate.Options{Files: schemas.Files}
+	if c.Schemas.Dir != "" {
+		if mo.Tenant, err = folder(c.Schemas.Dir); err != nil {
+			return err
+		}
+	}
+	if a.Migrate, err = migrate.New(a.DB, mo); err != nil {
+		return err
+	}
+	a.Resolver, err = registry.NewResolver(registry.ResolverOptions{
+		Lookup: a.lookup, Shared: hostCache{a.Cache}, TTL: c.Cache.TenantTTL, NegativeTTL: c.Cache.NegativeTTL,
+		SharedTTL: c.Cache.SharedTTL, Timeout: c.Database.AcquireTimeout + time.Second, Size: 100_000,
+	})
+	if err != nil {
+		return err
+	}
+	a.Provision, err = provision.New(provision.Options{
+		DB: a.DB, Migrate: a.Migrate, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
+		Changed: a.changed, Logger: a.Log,
+	})
+	return err
+}
+
+func folder(dir string) (fs.FS, error) {
+	st, err := os.Stat(dir)
+	if err != nil || !st.IsDir() {
+		return nil, fault.New(fault.Invalid, "schemas.dir: there is no folder %s", dir).WithCode("no_migrations")
+	}
+	return os.DirFS(dir), nil
+}
+
+// DatabaseOptions are the options of the databases that a configuration describes.
+func DatabaseOptions(c config.Config, log *slog.Logger) postgres.Options {
+	d := c.Database
+	o := postgres.Options{
+		Groups: map[string]postgres.Group{}, Secret: c.Server.Secret, AppRole: d.Roles.App, OwnerRole: d.Roles.Owner,
+		Isolation: postgres.Isolation(c.Tenancy.Isolation), MaxConns: d.MaxConns, SharedConns: d.SharedConns, OwnerConns: d.OwnerConns,
+		InFlight: c.Tenancy.InFlight, ConnectTimeout: d.ConnectTimeout, AcquireTimeout: d.AcquireTimeout,
+		StatementTimeout: d.StatementTimeout, IdleInTransactionTimeout: d.IdleInTransactionTimeout, LockTimeout: d.LockTimeout,
+		Statements: postgres.Statements(d.Statements), HotStatements: d.HotStatements, BackendMemory: int64(d.BackendMemory), Logger: log,
+	}
+	for name, g := range c.AllGroups() {
+		o.Groups[name] = postgres.Group{URL: g.URL, OwnerURL: g.OwnerURL, DirectURL: g.DirectURL}
+	}
+	return o
+}
+
+func (a *App) lookup(ctx context.Context, host tenant.Host) (t tenant.Tenant, err error) {
+	err = a.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error {
+		t, err = registry.ByHost(ctx, tx, host)
+		return err
+	})
+	return t, err
+}
+
+// Words of the messages between processes.
+const (
+	forgetHost   = "host"
+	forgetTenant = "tenant"
+)
+
+// changed makes every process forget what it knows of a tenant's hosts.
+func (a *App) changed(ctx context.Context, t tenant.Tenant, hosts []tenant.Host) {
+	a.forget(ctx, hosts...)
+	a.Cache.Publish(ctx, cache.Message{Kind: forgetTenant, Value: strconv.Itoa(int(t.Number))})
+}
+
+func (a *App) forget(ctx context.Context, hosts ...tenant.Host) {
+	hostCache{a.Cache}.Delete(ctx, hosts...)
+	a.Resolver.Forget(hosts...)
+	for _, h := range hosts {
+		a.Cache.Publish(ctx, cache.Message{Kind: forgetHost, Value: h.String()})
+	}
+}
+
+// Changed tells every process that a tenant's hosts or settings have changed.
+func (a *App) Changed(ctx context.Context, t tenant.Tenant, hosts ...tenant.Host) {
+	a.changed(ctx, t, hosts)
+}
+
+// URL is where a tenant is reached: its primary domain with the scheme and port of the public URL.
+func (a *App) URL(h tenant.Host) string {
+	u, err := url.Parse(a.Config.Server.PublicURL)
+	if err != nil || h.IsZero() {
+		return ""
+	}
+	host := h.String()
+	if p := u.Port(); p != "" {
+		host += ":" + p
+	}
+	return u.Scheme + "://" + host
+}
+
+// hostCache is the shared cache of hosts, under public:.
+type hostCache struct{ c *cache.Cache }
+
+func (h hostCache) Get(ctx context.Context, host tenant.Host) ([]byte, bool) {
+	k, err := cache.PublicKey("host", host.String())
+	if err != nil {
+		return nil, false
+	}
+	return h.c.Get(ctx, k)
+}
+
+func (h hostCache) Set(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration) {
+	if k, err := cache.PublicKey("host", host.String()); err == nil {
+		h.c.Set(ctx, k, value, ttl)
+	}
+}
+
+func (h hostCache) Delete(ctx context.Context, hosts ...tenant.Host) {
+	var keys []cache.Key
+	for _, host := range hosts {
+		if k, err := cache.PublicKey("host", host.String()); err == nil {
+			keys = append(keys, k)
+		}
+	}
+	h.c.Delete(ctx, keys...)
+}
+
+// InitOptions says how the databases are made.
+type InitOptions struct {
+	AdminURL string // of an administrator; empty: the owner's URL of the configuration
+	Group    string // only this group; empty: all, with the administrator's host for main and each group's own otherwise
+	Logf     func(format string, args ...any)
+}
+
+// Init makes roles, rights, ext and the ledger in the databases of the configuration. It is idempotent.
+func Init(ctx context.Context, c config.Config, o InitOptions) (postgres.Installation, error) {
+	if c.Database.URL == "" {
+		return postgres.Installation{}, fault.New(fault.Invalid, "no database is configured").WithCode("no_database").
+			WithHint("set ONEO_DATABASE_URL to the URL that oneo is to use, for example postgres://oneo_app@localhost/oneo")
+	}
+	groups := c.AllGroups()
+	names := []string{config.MainGroup}
+	for name := range groups {
+		if name != config.MainGroup {
+			names = append(names, name)
+		}
+	}
+	if o.Group != "" {
+		if _, ok := groups[o.Group]; !ok {
+			return postgres.Installation{}, fault.New(fault.Invalid, "database group %q is not configured", o.Group).WithCode("unknown_group")
+		}
+		names = []string{o.Group}
+	}
+	id := ""
+	if o.Group != "" && o.Group != config.MainGroup {
+		inst, err := installationOf(ctx, c)
+		if err != nil {
+			return inst, err
+		}
+		id = inst.ID
+	}
+	var inst postgres.Installation
+	for _, name := range names {
+		g := groups[name]
+		admin := o.AdminURL
+		if admin == "" || name != config.MainGroup && o.Group == "" {
+			admin = g.OwnerURL
+		}
+		var err error
+		inst, err = postgres.Setup(ctx, postgres.SetupOptions{
+			AdminURL: admin, Group: postgres.Group{URL: g.URL, OwnerURL: g.OwnerURL, DirectURL: g.DirectURL},
+			AppRole: c.Database.Roles.App, OwnerRole: c.Database.Roles.Owner, Secret: c.Server.Secret,
+			Logins: c.Tenancy.Logins, ID: id, Logf: o.Logf,
+		})
+		if err != nil {
+			return inst, fmt.Errorf("initialise group %s: %w", name, err)
+		}
+		id = inst.ID
+	}
+	return inst, nil
+}
+
+func installationOf(ctx context.Context, c config.Config) (postgres.Installation, error) {
+	db, err := postgres.Open(DatabaseOptions(c, slog.New(slog.DiscardHandler)))
+	if err != nil {
+		return postgres.Installation{}, err
+	}
+	defer db.Close()
+	return db.Installation(ctx, postgres.MainGroup)
+}
