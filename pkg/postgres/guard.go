@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
@@ -12,14 +14,21 @@ import (
 // RESET, LISTEN, PREPARE, DEALLOCATE, DISCARD, LOCK, DECLARE, LOAD, DO, COPY and whatever comes next.
 var allowed = []string{"select", "insert", "update", "delete", "with", "values", "merge", "explain"}
 
-// lasting finds calls that change a session or a lock that outlives the transaction, whatever statement they hide in.
-var lasting = regexp.MustCompile(`(?i)\b(set_config|pg_(try_)?advisory_(lock|unlock)\w*|pg_notify|dblink\w*)\s*\(|"(set_config|pg_[a-z_]*)"`)
+// lasting finds calls that change a session or a lock that outlives the transaction, whatever statement they hide in,
+// and the ways to write a name so that it is not seen.
+var lasting = regexp.MustCompile(`(?i)\b(set_config|pg_(try_)?advisory_(lock|unlock)\w*|pg_notify|dblink\w*)\s*(\(|/\*|--)|"(set_config|pg_[a-z_]*)"|\bu&"`)
+
+// explained finds what EXPLAIN may run besides plain statements.
+var explained = regexp.MustCompile(`(?i)\b(execute|declare|create|refresh)\b`)
 
 // guard refuses what a handler must not run: everything but plain reading and writing.
 func guard(sql string) error {
 	word := firstWord(sql)
 	if !slices.Contains(allowed, word) {
 		return fault.New(fault.Internal, "statement %q is not allowed in a bound transaction", word).WithCode("statement_refused")
+	}
+	if m := explained.FindString(sql); word == "explain" && m != "" {
+		return fault.New(fault.Internal, "explain %s is not allowed in a bound transaction", m).WithCode("statement_refused")
 	}
 	if m := lasting.FindString(sql); m != "" {
 		return fault.New(fault.Internal, "%q is not allowed in a bound transaction", strings.TrimSpace(m)).WithCode("statement_refused")
@@ -39,12 +48,7 @@ func firstWord(sql string) string {
 			}
 			sql = rest
 		case strings.HasPrefix(sql, "/*"):
-			// PostgreSQL nests comments; a statement that needs that is refused below by its "*/".
-			_, rest, ok := strings.Cut(sql, "*/")
-			if !ok {
-				return ""
-			}
-			sql = rest
+			sql = afterComment(sql)
 		default:
 			end := strings.IndexFunc(sql, func(r rune) bool { return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') })
 			if end < 0 {
@@ -53,4 +57,36 @@ func firstWord(sql string) string {
 			return strings.ToLower(sql[:end])
 		}
 	}
+}
+
+// afterComment is what stands behind the comment with which sql begins. PostgreSQL nests comments.
+func afterComment(sql string) string {
+	depth := 0
+	for i := 0; i+1 < len(sql); {
+		switch sql[i : i+2] {
+		case "/*":
+			depth++
+			i += 2
+		case "*/":
+			depth--
+			if i += 2; depth == 0 {
+				return sql[i:]
+			}
+		default:
+			i++
+		}
+	}
+	return ""
+}
+
+// guardArgs refuses pgx's switches among the arguments: the simple protocol would run several statements, and a
+// rewriter would make another statement of the one that passed the guard.
+func guardArgs(args []any) error {
+	for _, a := range args {
+		switch a.(type) {
+		case pgx.QueryExecMode, pgx.QueryRewriter:
+			return fault.New(fault.Internal, "%T is not allowed in a bound transaction", a).WithCode("statement_refused")
+		}
+	}
+	return nil
 }

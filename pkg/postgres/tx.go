@@ -295,6 +295,10 @@ func (tx *Tx) commit(ctx context.Context) error {
 	cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tx.group.opts.StatementTimeout)
 	defer cancel()
 	tx.begun = false
+	if tx.conn.Conn().PgConn().IsBusy() {
+		closeConn(tx.conn)
+		return fault.New(fault.Internal, "a transaction was to be committed while its rows were still being read").WithCode("rows_open")
+	}
 	results, err := tx.conn.Conn().PgConn().Exec(cctx, "commit").ReadAll()
 	if err != nil {
 		if connectionLost(err) || errors.Is(err, context.DeadlineExceeded) {
@@ -384,6 +388,9 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 
 func (tx *Tx) query(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
 	if err := tx.check(sql); err != nil {
+		return nil, err
+	}
+	if err := guardArgs(args); err != nil {
 		return nil, err
 	}
 	if tx.access == Single {
