@@ -209,7 +209,11 @@ func (l *logs) String() string {
 // open makes a stage. change adapts the server's options, the databases among them.
 func open(t *testing.T, change ...func(*server.Options)) *stage {
 	t.Helper()
-	env := pgtest.New(t)
+	return openOn(t, pgtest.New(t), change...)
+}
+
+func openOn(t *testing.T, env *pgtest.Env, change ...func(*server.Options)) *stage {
+	t.Helper()
 	st := &stage{t: t, env: env, cache: &memory{values: map[string][]byte{}}, logs: &logs{}}
 	st.acme, st.globex = env.Tenant(t, "acme"), env.Tenant(t, "globex")
 	hasher := auth.NewHasher(2)
@@ -229,22 +233,30 @@ func open(t *testing.T, change ...func(*server.Options)) *stage {
 		_, err := auth.Administrators().AddUser(t.Context(), tx, auth.NewUser{Email: rootMail, Role: auth.RoleAdmin, PasswordHash: hash})
 		return err
 	}))
-	st.serve(hasher, change...)
+	st.serve(t, change...)
 	return st
 }
 
-func (st *stage) serve(hasher *auth.Hasher, change ...func(*server.Options)) {
+// options are those of the stage's server.
+func (st *stage) options(t *testing.T) server.Options {
+	t.Helper()
 	o := server.DefaultOptions()
 	o.Addr, o.OpsAddr = "127.0.0.1:0", "127.0.0.1:0"
 	o.Secret = []byte(pgtest.Secret)
 	o.Databases, o.Resolver, o.Cache = databases{st.env.DB}, hosts{st.env.DB}, st.cache
-	o.Admin, o.Settings, o.Hasher, o.Provisioning = registrar{}, registrar{}, hasher, true
+	o.Admin, o.Settings, o.Hasher, o.Provisioning = registrar{}, registrar{}, auth.NewHasher(2), true
 	o.Logger = slog.New(slog.NewTextHandler(st.logs, nil))
 	o.LoginPerIP, o.LoginPerAccount = server.Rate{}, server.Rate{}
+	return o
+}
+
+func (st *stage) serve(t *testing.T, change ...func(*server.Options)) {
+	t.Helper()
+	o := st.options(t)
 	for _, f := range change {
 		f(&o)
 	}
-	st.server, st.addr, st.stop = run(st.t, o)
+	st.server, st.addr, st.stop = run(t, o)
 }
 
 // run starts a server and ends it with the test.
@@ -445,7 +457,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 func (st *stage) again(t *testing.T, change ...func(*server.Options)) string {
 	t.Helper()
 	twin := &stage{t: t, env: st.env, cache: st.cache, logs: st.logs}
-	twin.serve(auth.NewHasher(2), change...)
+	twin.serve(t, change...)
 	return twin.addr
 }
 
@@ -456,3 +468,10 @@ func (st *stage) doAt(t *testing.T, addr string, sc scenario) answer {
 	twin.addr = addr
 	return twin.do(t, sc)
 }
+
+// remembered resolves every host to one tenant as it once was.
+type remembered struct{ t tenant.Tenant }
+
+func (r remembered) Resolve(context.Context, tenant.Host) (tenant.Tenant, error) { return r.t, nil }
+
+func (remembered) Forget(context.Context, ...tenant.Host) {}
