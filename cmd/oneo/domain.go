@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+func newDomainCmd(e *env) *cobra.Command {
+	var primary bool
+	add := domainVerb(e, "add NAME HOST", "Give a tenant another domain",
+		"The domain is trusted as given and served at once. A domain that another tenant has, or had a short while ago, is refused.",
+		"  oneo domain add acme crm.acme.com\n  oneo domain add acme crm.acme.com --primary",
+		func(ctx context.Context, a *app.App, tx *postgres.OwnerTx, t tenant.Tenant, h tenant.Host) error {
+			return registry.AddDomain(ctx, tx, t, h, primary)
+		}, "domain.add")
+	add.Flags().BoolVar(&primary, "primary", false, "make it the canonical one")
+	list := &cobra.Command{
+		Use: "list NAME", Short: "List a tenant's domains", Long: "List a tenant's domains, the primary one first.",
+		Example: "  oneo domain list acme", Args: usageArgs(cobra.ExactArgs(1)), ValidArgsFunction: e.completeFirstTenant,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			return listDomains(cmd.Context(), e, a, args[0])
+		},
+	}
+	return noun("domain", "Add, list and remove the domains of a tenant",
+		"A tenant is served under its domains; <name>.<base domain> is made with it.", "  oneo domain list acme",
+		add, list,
+		domainVerb(e, "remove NAME HOST", "Take a domain from a tenant",
+			"The domain is not served any more, and is held back from other tenants for tenancy.domain_hold.",
+			"  oneo domain remove acme crm.acme.com",
+			func(ctx context.Context, a *app.App, tx *postgres.OwnerTx, t tenant.Tenant, h tenant.Host) error {
+				return registry.RemoveDomain(ctx, tx, t, h, a.Config.Tenancy.DomainHold)
+			}, "domain.remove"),
+		domainVerb(e, "primary NAME HOST", "Make one of a tenant's domains the canonical one",
+			"Links that oneo writes use the primary domain.", "  oneo domain primary acme crm.acme.com",
+			func(ctx context.Context, _ *app.App, tx *postgres.OwnerTx, t tenant.Tenant, h tenant.Host) error {
+				return registry.SetPrimary(ctx, tx, t, h)
+			}, "domain.primary"),
+	)
+}
+
+var domainColumns = []column[registry.Domain]{
+	{"HOST", "host", func(d registry.Domain) any { return d.Host.String() }},
+	{"PRIMARY", "primary", func(d registry.Domain) any { return d.Primary }},
+	{"CREATED", "created_at", func(d registry.Domain) any { return d.CreatedAt }},
+}
+
+func listDomains(ctx context.Context, e *env, a *app.App, name string) error {
+	var ds []registry.Domain
+	err := a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		t, err := bySlug(ctx, tx, name)
+		if err != nil {
+			return err
+		}
+		ds, err = registry.Domains(ctx, tx, t)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return show(e, ds, domainColumns)
+}
+
+func domainVerb(e *env, use, short, long, example string,
+	do func(context.Context, *app.App, *postgres.OwnerTx, tenant.Tenant, tenant.Host) error, action string,
+) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short, Long: long, Example: example, Args: usageArgs(cobra.ExactArgs(2)), ValidArgsFunction: e.completeFirstTenant,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			host, err := tenant.ParseHost(args[1])
+			if err != nil {
+				return err
+			}
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			var t tenant.Tenant
+			err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+				if t, err = bySlug(ctx, tx, args[0]); err != nil {
+					return err
+				}
+				if err := do(ctx, a, tx, t, host); err != nil {
+					return err
+				}
+				return registry.Audit(ctx, tx, registry.AuditEntry{Actor: e.actor(), Action: action, Tenant: t, Details: map[string]string{"host": host.String()}})
+			})
+			if err != nil {
+				return err
+			}
+			a.Changed(ctx, t, host, t.Primary)
+			return listDomains(ctx, e, a, args[0])
+		},
+	}
+}

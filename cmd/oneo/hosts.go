@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+)
+
+const (
+	hostsBegin = "# oneo: begin (managed by `oneo hosts --apply`)"
+	hostsEnd   = "# oneo: end"
+)
+
+func newHostsCmd(e *env) *cobra.Command {
+	var print, apply bool
+	var file, address string
+	cmd := &cobra.Command{
+		Use: "hosts", Short: "Name this machine's tenants in /etc/hosts",
+		Long: `Write the lines of /etc/hosts for every domain that is not under .localhost, which resolves to this machine
+by itself. --apply replaces oneo's own block in the file and touches nothing else.`,
+		Example: "  oneo hosts --print\n  sudo oneo hosts --apply", Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if print == apply {
+				return errUsage{fault.New(fault.Invalid, "say either --print or --apply")}
+			}
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			var lines []string
+			err = a.DB.AsOwner(cmd.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+				const hosts = `select d.host from public.domains d join public.tenants t on t.number = d.tenant
+where t.state in ('active', 'suspended') and d.host not like '%.localhost' order by d.host`
+				rows, err := tx.Query(cmd.Context(), hosts)
+				if err != nil {
+					return err
+				}
+				defer rows.Close()
+				for rows.Next() {
+					var host string
+					if err := rows.Scan(&host); err != nil {
+						return err
+					}
+					lines = append(lines, address+" "+host)
+				}
+				return rows.Err()
+			})
+			if err != nil {
+				return err
+			}
+			if print {
+				for _, l := range lines {
+					fmt.Fprintln(e.out, l)
+				}
+				return nil
+			}
+			if err := applyHosts(file, lines); err != nil {
+				return err
+			}
+			e.say("%s names %d domain(s)", file, len(lines))
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&print, "print", false, "only print the lines")
+	f.BoolVar(&apply, "apply", false, "write them into the file")
+	f.StringVar(&file, "file", "/etc/hosts", "the `FILE`")
+	f.StringVar(&address, "address", "127.0.0.1", "the `IP` that the domains lead to")
+	return cmd
+}
+
+// applyHosts replaces oneo's block of a hosts file. The file is written beside and renamed; where that is not possible,
+// as with a mounted /etc/hosts, it is written in place.
+func applyHosts(file string, lines []string) error {
+	old, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fault.Wrap(err, fault.Forbidden, "%s cannot be read", file)
+	}
+	var kept []string
+	inside := false
+	for _, l := range strings.Split(strings.TrimRight(string(old), "\n"), "\n") {
+		switch {
+		case l == hostsBegin:
+			inside = true
+		case l == hostsEnd && inside:
+			inside = false
+		case !inside:
+			kept = append(kept, l)
+		}
+	}
+	if inside {
+		return fault.New(fault.Conflict, "%s holds the beginning of oneo's block and not its end", file).WithHint("remove the line %q", hostsBegin)
+	}
+	if len(lines) > 0 {
+		kept = append(append(append(kept, hostsBegin), lines...), hostsEnd)
+	}
+	text := []byte(strings.TrimLeft(strings.Join(kept, "\n"), "\n") + "\n")
+	if bytes.Equal(text, old) {
+		return nil
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(file), ".oneo-hosts-")
+	if err == nil {
+		_, err = tmp.Write(text)
+		err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
+		if err == nil {
+			err = os.Rename(tmp.Name(), file)
+		}
+		if err != nil {
+			_ = os.Remove(tmp.Name()) // it is of no use
+		}
+	}
+	if err != nil {
+		err = os.WriteFile(file, text, 0o644)
+	}
+	if err != nil {
+		return fault.Wrap(err, fault.Forbidden, "%s cannot be written", file).WithHint("run it with sudo, or use --print")
+	}
+	return nil
+}

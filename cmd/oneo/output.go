@@ -1,0 +1,166 @@
+package main
+
+import (
+	"encoding/csv"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"gopkg.in/yaml.v3"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+)
+
+var outputs = []string{"table", "json", "yaml", "csv", "ndjson", "name"}
+
+func checkOutput(o string) error {
+	if slices.Contains(outputs, o) {
+		return nil
+	}
+	return fault.New(fault.Invalid, "unknown output %q", o).WithHint("use one of %s", strings.Join(outputs, ", "))
+}
+
+// column is one column of a table: its heading, its key in JSON, and its value.
+type column[T any] struct {
+	heading string
+	key     string
+	value   func(T) any
+}
+
+// show writes a list in the form that was asked for. The first column is the name. In JSON a list is an array, also
+// when it is empty.
+func show[T any](e *env, items []T, columns []column[T]) error {
+	switch e.output {
+	case "json", "yaml":
+		list := make([]map[string]any, 0, len(items))
+		for _, it := range items {
+			list = append(list, object(it, columns))
+		}
+		return e.encode(list)
+	case "ndjson":
+		enc := json.NewEncoder(e.out)
+		for _, it := range items {
+			if err := enc.Encode(object(it, columns)); err != nil {
+				return err
+			}
+		}
+		return nil
+	case "name":
+		for _, it := range items {
+			fmt.Fprintln(e.out, text(columns[0].value(it)))
+		}
+		return nil
+	case "csv":
+		return writeCSV(e.out, items, columns)
+	}
+	w := tabwriter.NewWriter(e.out, 0, 4, 2, ' ', 0)
+	headings := make([]string, len(columns))
+	for i, c := range columns {
+		headings[i] = c.heading
+	}
+	fmt.Fprintln(w, strings.Join(headings, "\t"))
+	for _, it := range items {
+		cells := make([]string, len(columns))
+		for i, c := range columns {
+			cells[i] = text(c.value(it))
+		}
+		fmt.Fprintln(w, strings.Join(cells, "\t"))
+	}
+	return w.Flush()
+}
+
+// showOne writes one thing: an object in JSON, a line for each column in a table.
+func showOne[T any](e *env, it T, columns []column[T]) error {
+	switch e.output {
+	case "json", "yaml":
+		return e.encode(object(it, columns))
+	case "table":
+		w := tabwriter.NewWriter(e.out, 0, 4, 2, ' ', 0)
+		for _, c := range columns {
+			if s := text(c.value(it)); s != "" {
+				fmt.Fprintf(w, "%s\t%s\n", strings.ToLower(c.heading), s)
+			}
+		}
+		return w.Flush()
+	}
+	return show(e, []T{it}, columns)
+}
+
+func (e *env) encode(v any) error {
+	if e.output == "yaml" {
+		enc := yaml.NewEncoder(e.out)
+		defer enc.Close()
+		return enc.Encode(v)
+	}
+	enc := json.NewEncoder(e.out)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func object[T any](it T, columns []column[T]) map[string]any {
+	m := map[string]any{}
+	for _, c := range columns {
+		v := c.value(it)
+		if t, ok := v.(*time.Time); ok && t == nil {
+			v = nil
+		}
+		if t, ok := v.(time.Time); ok {
+			v = t.UTC().Format(time.RFC3339)
+		}
+		m[c.key] = v
+	}
+	return m
+}
+
+func writeCSV[T any](out io.Writer, items []T, columns []column[T]) error {
+	w := csv.NewWriter(out)
+	row := make([]string, len(columns))
+	for i, c := range columns {
+		row[i] = c.key
+	}
+	if err := w.Write(row); err != nil {
+		return err
+	}
+	for _, it := range items {
+		for i, c := range columns {
+			row[i] = text(c.value(it))
+		}
+		if err := w.Write(row); err != nil {
+			return err
+		}
+	}
+	w.Flush()
+	return w.Error()
+}
+
+// text is a value as people read it. Control characters, which could move a terminal's cursor, are shown as such.
+func text(v any) string {
+	var s string
+	switch v := v.(type) {
+	case nil:
+		return ""
+	case time.Time:
+		return v.UTC().Format(time.RFC3339)
+	case *time.Time:
+		if v == nil {
+			return ""
+		}
+		return v.UTC().Format(time.RFC3339)
+	case []string:
+		s = strings.Join(v, ", ")
+	case json.RawMessage:
+		s = string(v)
+	default:
+		s = fmt.Sprint(v)
+	}
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return '?'
+		}
+		return r
+	}, s)
+}

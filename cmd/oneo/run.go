@@ -1,0 +1,304 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"os/user"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/config"
+	"github.com/oneo-crm/oneo/pkg/fault"
+)
+
+// Exit codes; `oneo help exit-codes` explains them.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitSomeFailed  = 3
+	exitForbidden   = 4
+	exitUnreachable = 5
+	exitNotFound    = 10
+	exitLocked      = 11
+	exitPending     = 13
+	exitInterrupted = 130
+)
+
+const exitCodes = `Exit codes
+
+    0  done, or nothing to do
+    1  failed
+    2  usage error, or a confirmation was needed and there is no terminal
+    3  one or more tenants of several failed
+    4  not allowed
+    5  PostgreSQL or Redis cannot be reached
+   10  tenant, user, key or operation not found
+   11  locked by another operation
+   13  something is pending (migrate status --check)
+  130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
+`
+
+// env is what a command has: its streams, its configuration, and the parts of oneo, opened when they are needed.
+type env struct {
+	in       io.Reader
+	out, err io.Writer
+	environ  []string
+	terminal bool // somebody can be asked
+
+	// The flags that every command has.
+	configFile string
+	output     string
+	quiet      bool
+	verbose    bool
+	yes        bool
+	debug      bool
+	noColor    bool
+	flags      map[string]string // settings given as flags
+
+	cfg     *config.Config
+	origins config.Origins
+	app     *app.App
+}
+
+// run is the whole program: it takes what main has and returns the exit code.
+func run(ctx context.Context, args, environ []string, in io.Reader, out, errw io.Writer) int {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	e := &env{in: in, out: out, err: errw, environ: environ, flags: map[string]string{}, output: "table"}
+	if f, ok := in.(*os.File); ok {
+		e.terminal = term.IsTerminal(int(f.Fd()))
+	}
+	root := newRootCmd(e)
+	root.SetArgs(args)
+	root.SetIn(in)
+	root.SetOut(out)
+	root.SetErr(errw)
+	err := root.ExecuteContext(ctx)
+	if e.app != nil {
+		if cerr := e.app.Close(); err == nil {
+			err = cerr
+		}
+	}
+	if err == nil {
+		return exitOK
+	}
+	code := exitCode(ctx, err)
+	e.report(err, code)
+	return code
+}
+
+// errUsage marks what cobra refused: an unknown command or flag, or a wrong number of arguments.
+type errUsage struct{ error }
+
+func (e errUsage) Unwrap() error { return e.error }
+
+// errExit is a result that has been told already and asks for a code.
+type errExit struct{ code int }
+
+func (e errExit) Error() string { return fmt.Sprintf("exit code %d", e.code) }
+
+func exitCode(ctx context.Context, err error) int {
+	var exit errExit
+	var usage errUsage
+	switch {
+	case errors.As(err, &exit):
+		return exit.code
+	case errors.As(err, &usage), strings.HasPrefix(err.Error(), "unknown command "):
+		return exitUsage
+	case ctx.Err() != nil || errors.Is(err, context.Canceled):
+		return exitInterrupted
+	}
+	switch fault.Of(err).Kind {
+	case fault.Invalid, fault.Unfit, fault.NeedsConfirmation, fault.TooLarge, fault.Unsupported, fault.PreconditionRequired:
+		return exitUsage
+	case fault.Forbidden, fault.Unauthenticated:
+		return exitForbidden
+	case fault.Unavailable:
+		return exitUnreachable
+	case fault.NotFound, fault.Gone:
+		return exitNotFound
+	case fault.Locked, fault.Busy:
+		return exitLocked
+	case fault.Pending:
+		return exitPending
+	}
+	return exitFailed
+}
+
+// report tells an error: what, why, and what to do next.
+func (e *env) report(err error, code int) {
+	var exit errExit
+	if errors.As(err, &exit) {
+		return
+	}
+	f := fault.Of(err)
+	var isFault *fault.Fault
+	if !errors.As(err, &isFault) {
+		f = fault.Wrap(errors.Unwrap(err), fault.Internal, "%s", err)
+		var usage errUsage
+		if errors.As(err, &usage) || code == exitUsage {
+			f = fault.New(fault.Invalid, "%s", err).WithHint("add --help to see how the command is used")
+		}
+		if code == exitInterrupted {
+			f = fault.New(fault.Internal, "interrupted; everything is as it was, or whole").WithCode("interrupted").WithHint("run the same command again")
+		}
+	}
+	if e.output == "json" || e.output == "ndjson" {
+		line, merr := json.Marshal(map[string]any{"error": map[string]any{
+			"code": f.StableCode(), "exit": code, "message": f.Message, "hint": f.Hint, "tenant": f.Tenant,
+		}})
+		if merr == nil {
+			fmt.Fprintln(e.err, string(line))
+			return
+		}
+	}
+	fmt.Fprintln(e.err, "error:", f.Message)
+	for i, field := range f.Fields {
+		if i > 0 {
+			fmt.Fprintf(e.err, "       %s%s %s\n", field.Parameter, field.Pointer, field.Detail)
+		}
+	}
+	if cause := errors.Unwrap(f); cause != nil {
+		fmt.Fprintln(e.err, "cause:", strings.TrimSpace(strings.SplitN(cause.Error(), "\n", 2)[0]))
+	}
+	if f.Hint != "" {
+		fmt.Fprintln(e.err, "hint: ", f.Hint)
+	}
+	if e.debug {
+		for err := err; err != nil; err = errors.Unwrap(err) {
+			fmt.Fprintf(e.err, "debug: %T: %s\n", err, err)
+		}
+	}
+}
+
+// load reads the configuration, once.
+func (e *env) load() (config.Config, error) {
+	if e.cfg != nil {
+		return *e.cfg, nil
+	}
+	c, origins, err := config.Load(config.LoadOptions{File: e.configFile, Dir: ".", Env: e.environ, Flags: e.flags})
+	if err != nil {
+		return c, err
+	}
+	e.cfg, e.origins = &c, origins
+	return c, nil
+}
+
+// open puts the parts together, once. It connects nothing.
+func (e *env) open() (*app.App, error) {
+	if e.app != nil {
+		return e.app, nil
+	}
+	c, err := e.load()
+	if err != nil {
+		return nil, err
+	}
+	a, err := app.Open(c, e.logger(c))
+	if err != nil {
+		return nil, err
+	}
+	e.app = a
+	return a, nil
+}
+
+func (e *env) logger(c config.Config) *slog.Logger {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.Log.Level)); err != nil {
+		level = slog.LevelInfo // validated
+	}
+	if e.verbose {
+		level = slog.LevelDebug
+	}
+	o := &slog.HandlerOptions{Level: level}
+	if c.Log.Format == "json" {
+		return slog.New(slog.NewJSONHandler(e.err, o))
+	}
+	return slog.New(slog.NewTextHandler(e.err, o))
+}
+
+// say tells the story, on stderr, unless --quiet.
+func (e *env) say(format string, args ...any) {
+	if !e.quiet {
+		fmt.Fprintf(e.err, format+"\n", args...)
+	}
+}
+
+// actor is who runs the command, for the audit trail.
+func (e *env) actor() string {
+	name := "unknown"
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	return "cli:" + name
+}
+
+func newRootCmd(e *env) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "oneo",
+		Short: "One PostgreSQL schema per tenant: provision, migrate, serve",
+		Long: `oneo runs a product that keeps one PostgreSQL schema per tenant.
+
+It makes and drops tenants, migrates the shared schema and every tenant's, and serves
+the Oneo CRM routed by domain: acme.localhost:8000 is the tenant acme, localhost:8000
+is the administration.
+
+New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data.`,
+		Example:       "  oneo dev\n  oneo tenant create acme\n  oneo migrate --all-tenants\n  oneo serve",
+		SilenceErrors: true, SilenceUsage: true,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	f := root.PersistentFlags()
+	f.StringVar(&e.configFile, "config", "", "configuration `FILE`")
+	f.StringVarP(&e.output, "output", "o", "table", "table, json, yaml, csv, ndjson or name")
+	f.BoolVarP(&e.quiet, "quiet", "q", false, "tell no story on stderr")
+	f.BoolVarP(&e.verbose, "verbose", "v", false, "log more")
+	f.BoolVarP(&e.yes, "yes", "y", false, "answer questions with yes (not those that want a name typed)")
+	f.BoolVar(&e.debug, "debug", false, "show the whole chain of an error")
+	f.BoolVar(&e.noColor, "no-color", false, "no colours")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errUsage{err} })
+	root.PersistentPreRunE = func(*cobra.Command, []string) error { return checkOutput(e.output) }
+	root.CompletionOptions.HiddenDefaultCmd = false
+	root.AddCommand(
+		newInitCmd(e), newServeCmd(e), newDevCmd(e), newTenantCmd(e), newDomainCmd(e), newUserCmd(e), newAdminCmd(e), newKeyCmd(e),
+		newMigrateCmd(e), newCacheCmd(e), newConfigCmd(e), newHostsCmd(e), newVersionCmd(e),
+		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodes},
+	)
+	return root
+}
+
+// usageArgs makes a wrong number of arguments a usage error.
+func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return errUsage{err}
+		}
+		return nil
+	}
+}
+
+// noun makes a command that only holds others; called alone, it shows its help.
+func noun(use, short, long, example string, verbs ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short, Long: long, Example: example,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return errUsage{fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(verbs...)
+	return cmd
+}
