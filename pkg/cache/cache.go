@@ -278,6 +278,8 @@ func (c *Cache) Listen(ctx context.Context, stale func()) {
 func (c *Cache) listenOnce(ctx context.Context, connected func()) {
 	sub := c.client.Subscribe(ctx, channel)
 	defer sub.Close()
+	// A read that waits does not look at its context.
+	defer context.AfterFunc(ctx, func() { _ = sub.Close() })()
 	if _, err := sub.ReceiveTimeout(ctx, c.timeout+time.Second); err != nil {
 		return
 	}
