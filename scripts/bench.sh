@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs the benchmarks (bench/) and prints the tables of docs/benchmarks.md. Arguments go to the program: -only create.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+./scripts/setup.sh
+if ! command -v wrk >/dev/null || ! command -v psql >/dev/null; then
+  if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+    echo "bench: please install: wrk postgresql-client" >&2
+    exit 1
+  fi
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq wrk postgresql-client >/dev/null
+fi
+cd bench
+go run -tags nomsgpack . "$@"
