@@ -94,6 +94,12 @@ func (p *Provisioner) Create(ctx context.Context, r CreateRequest) (tenant.Tenan
 	return p.run(ctx, c, nil)
 }
 
+// Check completes a request with its defaults and refuses one that can never succeed. It asks no database.
+func (p *Provisioner) Check(r CreateRequest) (CreateRequest, error) {
+	err := p.checkCreate(&r)
+	return r, err
+}
+
 func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	if r.Slug.IsZero() {
 		return fault.New(fault.Invalid, "a tenant needs a name").WithCode("invalid_slug")

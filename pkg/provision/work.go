@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	pollEvery = time.Second
+	pollEvery   = time.Second
 	maxAttempts = 5
 	// maxPurgesEach bounds what one look for overdue tenants purges, so that operations do not wait behind it.
 	maxPurgesEach = 20
