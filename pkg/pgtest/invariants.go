@@ -32,6 +32,7 @@ where not exists (select from pg_roles r where r.rolname = p.role)
 union all
 select format('I1: role %s belongs to no placement', r.rolname) from pg_roles r, public.installation i
 where r.rolname like 'oneo\_' || i.id || '\_%' and not exists (select from public.placements p where p.role = r.rolname)
+  and not exists (select from public.tenants t where t.group_name <> 'main' and t.state <> 'purged' and r.rolname = 'oneo_' || i.id || '_' || t.number)
 union all
 select format('I1: tenant %s is %s, its placement %s', t.slug, t.state, p.state) from public.tenants t join public.placements p using (number)
 where t.state <> p.state and t.number not in (select tenant from open)

@@ -52,7 +52,7 @@ func Fault(err error) error {
 }
 
 func fromState(err error, pe *pgconn.PgError) error {
-	unavailable := func(code, message string) error {
+	unavailable := func(code, message string) *fault.Fault {
 		return fault.Wrap(err, fault.Unavailable, "%s", message).WithCode(code).WithRetry(time.Second)
 	}
 	switch pe.Code {
@@ -83,15 +83,15 @@ func fromState(err error, pe *pgconn.PgError) error {
 		return fault.Wrap(err, fault.Internal, "PostgreSQL refused access").WithCode("isolation").
 			WithHint("`oneo init` sets the roles' rights; a tenant's own role reaches that tenant only")
 	case "3D000":
-		return unavailable("database_missing", "the database does not exist").(*fault.Fault).
+		return unavailable("database_missing", "the database does not exist").
 			WithHint("`oneo init --admin-url ...` creates it")
 	case "53300":
-		return unavailable("too_many_connections", "PostgreSQL has no connection free").(*fault.Fault).
+		return unavailable("too_many_connections", "PostgreSQL has no connection free").
 			WithHint("raise max_connections of PostgreSQL, or lower database.max_conns")
 	}
 	switch pe.Code[:2] {
 	case "28":
-		return unavailable("login_refused", "PostgreSQL refused the login").(*fault.Fault).
+		return unavailable("login_refused", "PostgreSQL refused the login").
 			WithHint("check the user and password of the database URL; `oneo init` makes the roles, with passwords from server.secret")
 	case "08", "53", "57", "58":
 		return unavailable("database_unavailable", "PostgreSQL is not available at the moment")
@@ -126,6 +126,11 @@ func connectionLost(err error) bool {
 	return pgconn.SafeToRetry(err) || errors.As(err, &connect) || errors.As(err, &ne) ||
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
 		strings.Contains(err.Error(), "conn closed")
+}
+
+// mayPass reports whether a new connection may be had in a moment: the server is lost, or has none free.
+func mayPass(err error) bool {
+	return connectionLost(err) && !refusedForGood(err) || SQLState(err) == "53300"
 }
 
 // refusedForGood reports whether connecting again cannot help: a wrong password, a missing database, no such role.

@@ -315,10 +315,10 @@ func retryLost(ctx context.Context, wait time.Duration, reset func(), fn func(co
 	deadline := time.Now().Add(wait)
 	for attempt := 0; ; attempt++ {
 		err := fn(ctx)
-		if err == nil || !connectionLost(err) || refusedForGood(err) {
+		if err == nil || !mayPass(err) {
 			return err
 		}
-		if attempt == 0 {
+		if attempt == 0 && connectionLost(err) {
 			reset()
 		}
 		if !pause(ctx, deadline, attempt) {

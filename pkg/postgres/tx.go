@@ -221,8 +221,7 @@ func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 			tx.rollback(ctx)
 			tx.release()
 		}
-		again := connectionLost(err) && !refusedForGood(err) || SQLState(err) == stateGateHeld
-		if !again || ctx.Err() != nil {
+		if again := mayPass(err) || SQLState(err) == stateGateHeld; !again || ctx.Err() != nil {
 			return err
 		}
 		if attempt == 0 && connectionLost(err) {
