@@ -38,7 +38,6 @@ type tenantRow struct {
 	tenant.Tenant
 	url        string
 	domains    []string
-	version    int
 	settings   json.RawMessage
 	purgeAfter *time.Time
 }

@@ -60,8 +60,10 @@ func Open(o Options) (*Cache, error) {
 	c := &Cache{timeout: o.Timeout, log: o.Logger}
 	c.breaker = gobreaker.NewCircuitBreaker[any](gobreaker.Settings{
 		Name: "redis", Timeout: time.Second,
-		ReadyToTrip:  func(n gobreaker.Counts) bool { return n.ConsecutiveFailures >= 3 },
-		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, redis.Nil) || errors.Is(err, context.Canceled) },
+		ReadyToTrip: func(n gobreaker.Counts) bool { return n.ConsecutiveFailures >= 3 },
+		IsSuccessful: func(err error) bool {
+			return err == nil || errors.Is(err, redis.Nil) || errors.Is(err, context.Canceled)
+		},
 		OnStateChange: func(_ string, _, to gobreaker.State) {
 			o.Logger.Warn("redis", "breaker", to.String())
 		},

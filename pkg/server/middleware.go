@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -133,7 +134,7 @@ func requestID(r *http.Request) string {
 // the panic's way, and writes the access log.
 func (s *Server) finish(x *exchange) {
 	if p := recover(); p != nil {
-		if p == http.ErrAbortHandler {
+		if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {
 			panic(p)
 		}
 		s.opts.Logger.LogAttrs(x.r.Context(), slog.LevelError, "panic", slog.String("request_id", x.id),

@@ -246,7 +246,8 @@ func (s *Server) Listen() (err error) {
 }
 
 func listen(addr, setting string) (net.Listener, error) {
-	l, err := net.Listen("tcp", addr)
+	var lc net.ListenConfig
+	l, err := lc.Listen(context.Background(), "tcp", addr)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, "cannot listen on %s", addr).WithCode("listen").
 			WithHint("another process may have the port; %s sets another address", setting)
