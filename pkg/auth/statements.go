@@ -6,8 +6,8 @@ import "strings"
 type statements struct {
 	addUser, listUsers, userByID, userByEmail, updateUser, disableUser, enableUser, setPassword, lockAdmins string
 	credential, rehash, startSession, bySession, byKey, touchSession, touchKey                              string
-	endSession, revokeSessions, revokeAll, purgeSessions                                                    string
-	addKey, listKeys, revokeKey                                                                             string
+	endSession, revokeSessions, revokeAll, purgeOwn, purgeExpired                                           string
+	keyOwner, addKey, listKeys, revokeKey                                                                   string
 }
 
 const (
@@ -17,42 +17,63 @@ const (
 
 // render puts a realm's tables, which are constants of this package, into the statements.
 func render(users, sessions, keys string) statements {
-	r := strings.NewReplacer("{users}", users, "{sessions}", sessions, "{keys}", keys, "{user}", userColumns, "{key}", keyColumns)
+	r := strings.NewReplacer("{users}", users, "{sessions}", sessions, "{keys}", keys,
+		"{user}", userColumns, "{key}", keyColumns)
 	return statements{
-		addUser:     r.Replace(`insert into {users} (id, email, name, role, password_hash, metadata) values ($1, $2, $3, $4, $5, $6) returning {user}`),
-		listUsers:   r.Replace(`select {user} from {users} where $1::uuid is null or id > $1 order by id limit $2`),
+		addUser: r.Replace(`insert into {users} (id, email, name, role, password_hash, metadata)
+values ($1, $2, $3, $4, $5, $6) returning {user}`),
+		listUsers: r.Replace(`select {user} from {users}
+where $1::uuid is null or id > $1 order by id limit $2`),
 		userByID:    r.Replace(`select {user} from {users} where id = $1`),
 		userByEmail: r.Replace(`select {user} from {users} where email = $1`),
-		updateUser: r.Replace(`update {users} set name = $3, role = $4, metadata = $5, version = version + 1, updated_at = now()
+		updateUser: r.Replace(`update {users}
+set name = $3, role = $4, metadata = $5, version = version + 1, updated_at = now()
 where id = $1 and version = $2 returning {user}`),
-		disableUser: r.Replace(`update {users} set disabled_at = coalesce(disabled_at, now()), version = version + 1, updated_at = now() where id = $1 returning {user}`),
-		enableUser:  r.Replace(`update {users} set disabled_at = null, version = version + 1, updated_at = now() where id = $1 returning {user}`),
-		setPassword: r.Replace(`update {users} set password_hash = $2, version = version + 1, updated_at = now() where id = $1 returning {user}`),
+		disableUser: r.Replace(`update {users}
+set disabled_at = coalesce(disabled_at, now()), version = version + 1, updated_at = now()
+where id = $1 returning {user}`),
+		enableUser: r.Replace(`update {users} set disabled_at = null, version = version + 1, updated_at = now()
+where id = $1 returning {user}`),
+		setPassword: r.Replace(`update {users} set password_hash = $2, version = version + 1, updated_at = now()
+where id = $1 returning {user}`),
 		// In the order of their ids, so that two callers who would each take the other's last administrator wait for
 		// one another instead.
-		lockAdmins: r.Replace(`select id from {users} where role = 'admin' and disabled_at is null order by id for update`),
+		lockAdmins: r.Replace(`select id from {users}
+where role = 'admin' and disabled_at is null order by id for update`),
 
 		credential: r.Replace(`select id, password_hash from {users} where email = $1 and disabled_at is null`),
 		rehash:     r.Replace(`update {users} set password_hash = $3 where id = $1 and password_hash = $2`),
 		startSession: r.Replace(`insert into {sessions} (token_hash, user_id, expires_at, user_agent, remote)
 select $1, u.id, now() + $4::interval, $5, $6 from {users} u
-where u.id = $2 and u.password_hash = $3 and u.disabled_at is null for share of u returning expires_at`),
-		bySession: r.Replace(`select u.id, u.email, u.name, u.role, s.expires_at, s.last_seen from {sessions} s join {users} u on u.id = s.user_id
+where u.id = $2 and u.password_hash = $3 and u.disabled_at is null for share of u
+returning expires_at`),
+		bySession: r.Replace(`select u.id, u.email, u.name, u.role, s.expires_at, s.last_seen
+from {sessions} s join {users} u on u.id = s.user_id
 where s.token_hash = $1 and s.expires_at > now() and s.last_seen > now() - $2::interval and u.disabled_at is null`),
-		byKey: r.Replace(`select u.id, u.email, u.name, u.role, k.scopes, k.expires_at, k.last_used from {keys} k join {users} u on u.id = k.user_id
-where k.token_hash = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > now()) and u.disabled_at is null`),
-		touchSession: r.Replace(`update {sessions} set last_seen = now() where token_hash = $1 and last_seen < now() - interval '1 minute'`),
-		touchKey:     r.Replace(`update {keys} set last_used = now() where token_hash = $1 and (last_used is null or last_used < now() - interval '1 minute')`),
+		byKey: r.Replace(`select u.id, u.email, u.name, u.role, k.scopes, k.expires_at, k.last_used
+from {keys} k join {users} u on u.id = k.user_id
+where k.token_hash = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
+and u.disabled_at is null`),
+		touchSession: r.Replace(`update {sessions} set last_seen = now()
+where token_hash = $1 and last_seen < now() - interval '1 minute'`),
+		touchKey: r.Replace(`update {keys} set last_used = now()
+where token_hash = $1 and (last_used is null or last_used < now() - interval '1 minute')`),
 
 		endSession:     r.Replace(`delete from {sessions} where token_hash = $1`),
 		revokeSessions: r.Replace(`delete from {sessions} where user_id = $1 returning token_hash`),
 		revokeAll:      r.Replace(`delete from {sessions} returning token_hash`),
-		purgeSessions:  r.Replace(`delete from {sessions} where user_id = $1 and (expires_at < now() or last_seen < now() - $2::interval)`),
+		purgeOwn: r.Replace(`delete from {sessions}
+where user_id = $1 and (expires_at <= now() or last_seen <= now() - $2::interval)`),
+		purgeExpired: r.Replace(`delete from {sessions}
+where expires_at <= now() or last_seen <= now() - $1::interval`),
 
-		addKey: r.Replace(`insert into {keys} as k (id, token_hash, user_id, name, scopes, expires_at)
-select $1, $2, u.id, $4, $5, $6 from {users} u where u.id = $3 and u.disabled_at is null
-returning id, user_id, '', name, scopes, created_at, expires_at, last_used, revoked_at`),
-		listKeys:  r.Replace(`select {key} from {keys} k join {users} u on u.id = k.user_id where $1::uuid is null or k.user_id = $1 order by k.id`),
-		revokeKey: r.Replace(`update {keys} set revoked_at = coalesce(revoked_at, now()) where id = $1 and ($2::uuid is null or user_id = $2) returning token_hash`),
+		keyOwner: r.Replace(`select email, role, $2::timestamptz is null or $2 > now() from {users}
+where id = $1 and disabled_at is null for share`),
+		addKey: r.Replace(`insert into {keys} (id, token_hash, user_id, name, scopes, expires_at)
+values ($1, $2, $3, $4, $5, $6) returning created_at, expires_at`),
+		listKeys: r.Replace(`select {key} from {keys} k join {users} u on u.id = k.user_id
+where $1::uuid is null or k.user_id = $1 order by k.id`),
+		revokeKey: r.Replace(`update {keys} set revoked_at = coalesce(revoked_at, now())
+where id = $1 and ($2::uuid is null or user_id = $2) returning token_hash`),
 	}
 }
