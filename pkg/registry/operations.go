@@ -111,7 +111,7 @@ func Finish(ctx context.Context, q postgres.Querier, id uuid.UUID, result any) e
 		return fmt.Errorf("write result: %w", err)
 	}
 	// What was asked is kept, but for secrets: a first user's password hash has served its purpose.
-	const finish = `update public.operations set state = 'done', result = $2, request = request - 'admin_password_hash',
+	const finish = `update public.operations set state = 'done', result = $2, request = case jsonb_typeof(request) when 'object' then request - 'admin_password_hash' else '{}' end,
 	finished_at = now() where id = $1 and state in ('queued', 'running')`
 	return oneRow(q.Exec(ctx, finish, id, body))
 }
@@ -122,7 +122,7 @@ func Fail(ctx context.Context, q postgres.Querier, id uuid.UUID, f *fault.Fault)
 	if err != nil {
 		return fmt.Errorf("write error: %w", err)
 	}
-	const fail = `update public.operations set state = 'failed', error = $2, request = request - 'admin_password_hash',
+	const fail = `update public.operations set state = 'failed', error = $2, request = case jsonb_typeof(request) when 'object' then request - 'admin_password_hash' else '{}' end,
 	finished_at = now() where id = $1 and state in ('queued', 'running')`
 	return oneRow(q.Exec(ctx, fail, id, body))
 }
