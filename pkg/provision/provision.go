@@ -110,6 +110,9 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		return err
 	}
 	begin := func(tx *postgres.OwnerTx) error {
+		if err := unchanged(ctx, tx, c); err != nil {
+			return err
+		}
 		if err := collect(tx); err != nil {
 			return err
 		}
@@ -178,6 +181,24 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	}
 	p.o.Changed(context.WithoutCancel(ctx), after, all)
 	return after, failpoint.Hit(c.point + ".after")
+}
+
+// unchanged refuses a change of a tenant that another one has changed since it was read, and keeps the tenant's row
+// until the transaction ends. Without it a purge would take away what an undrop has just brought back.
+func unchanged(ctx context.Context, tx *postgres.OwnerTx, c change) error {
+	if c.kind == KindCreate {
+		return nil
+	}
+	var slug, schema, state string
+	const lock = `select slug, schema, state from public.tenants where number = $1 for update`
+	if err := tx.QueryRow(ctx, lock, c.tenant.Number).Scan(&slug, &schema, &state); err != nil {
+		return err
+	}
+	if slug != c.tenant.Slug.String() || schema != c.tenant.Schema.String() || state != string(c.tenant.State) {
+		return fault.New(fault.Conflict, "the tenant was changed by somebody else in between: it is %s now", state).
+			WithCode("tenant_changed").WithTenant(slug).WithHint("oneo tenant show %s", slug)
+	}
+	return nil
 }
 
 // unbound empties the search path that a step may have set: what follows is on the shared tables.

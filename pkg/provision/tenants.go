@@ -505,6 +505,15 @@ type RenameRequest struct {
 // default domain is held back from other tenants.
 func (p *Provisioner) Rename(ctx context.Context, slug tenant.Slug, r RenameRequest) (tenant.Tenant, error) {
 	t, err := p.find(ctx, slug)
+	if fault.Is(err, fault.NotFound) && !r.Slug.IsZero() {
+		// A rename that was killed between two databases is finished by asking for the same again.
+		if going, lerr := p.beingRenamed(ctx, slug, r.Slug); lerr != nil || going {
+			if lerr != nil {
+				return t, lerr
+			}
+			return p.find(ctx, r.Slug)
+		}
+	}
 	if err != nil {
 		return t, err
 	}
@@ -530,6 +539,16 @@ func (p *Provisioner) Rename(ctx context.Context, slug tenant.Slug, r RenameRequ
 		return t, fault.New(fault.Invalid, "the display name is longer than 200 characters").WithCode("invalid_name")
 	}
 	return p.run(ctx, p.renaming(t, r), nil)
+}
+
+// beingRenamed reports whether an unfinished rename has given the name from up for to already.
+func (p *Provisioner) beingRenamed(ctx context.Context, from, to tenant.Slug) (going bool, err error) {
+	const query = `select exists (select from public.operations o join public.tenants t on t.number = o.tenant
+where o.state = 'running' and o.kind = $1 and o.slug = $2 and t.slug = $3)`
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		return tx.QueryRow(ctx, query, KindRename, from.String(), to.String()).Scan(&going)
+	})
+	return going, err
 }
 
 func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
