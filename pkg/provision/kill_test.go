@@ -1,0 +1,304 @@
+package provision_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/schemas"
+)
+
+const childTask = "PROVISION_TEST_TASK"
+
+// TestMain also serves as the child that carries out one task and is killed in the middle of it.
+func TestMain(m *testing.M) {
+	if raw := os.Getenv(childTask); raw != "" {
+		var task task
+		if err := json.Unmarshal([]byte(raw), &task); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(9)
+		}
+		if err := task.child(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	pgtest.Main(m)
+}
+
+// task is one operation on the tenant "acme", as a process of its own would do it.
+type task struct {
+	Operation string
+	Group     string
+	Groups    map[string]postgres.Group
+}
+
+func (k task) child() error {
+	o := postgres.DefaultOptions()
+	o.Groups, o.Secret, o.OwnerConns = k.Groups, pgtest.Secret, 4
+	db, err := postgres.Open(o)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	_, p, m, err := openOn(db)
+	if err != nil {
+		return err
+	}
+	return k.do(context.Background(), db, p, m)
+}
+
+func openOn(db *postgres.DB) (*postgres.DB, *provision.Provisioner, *migrate.Migrator, error) {
+	m, err := migrate.New(db, migrate.Options{Files: schemas.Files})
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	base, err := tenant.ParseHost("localhost")
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	p, err := provision.New(provision.Options{
+		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 5 * time.Second,
+		StaleAfter: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
+	})
+	return db, p, m, err
+}
+
+func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner, m *migrate.Migrator) error {
+	acme, err := tenant.ParseSlug("acme")
+	if err != nil {
+		return err
+	}
+	switch k.Operation {
+	case "create":
+		_, err = p.Create(ctx, provision.CreateRequest{Slug: acme, Group: k.Group, Actor: "test"})
+	case "suspend":
+		_, err = p.Suspend(ctx, acme, "test")
+	case "resume":
+		_, err = p.Resume(ctx, acme, "test")
+	case "drop":
+		_, err = p.Drop(ctx, acme, 0, "test")
+	case "undrop":
+		_, err = p.Undrop(ctx, acme, "test")
+	case "purge":
+		_, err = p.Purge(ctx, acme, "test")
+	case "rename":
+		to, perr := tenant.ParseSlug("globex")
+		if perr != nil {
+			return perr
+		}
+		_, err = p.Rename(ctx, acme, provision.RenameRequest{Slug: to, Schema: to.Schema(), Actor: "test"})
+	case "migrate":
+		var t tenant.Tenant
+		if t, err = find(ctx, db, acme.String()); err == nil {
+			_, err = m.Tenant(ctx, t)
+		}
+	default:
+		err = fmt.Errorf("no operation %q", k.Operation)
+	}
+	return err
+}
+
+// kill -9 at every place of every operation, in the registry's database and in another one: the same command, run
+// again, reaches the end state, and everything agrees.
+func TestKillEverywhere(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		for _, point := range failpoint.All {
+			t.Run(group+" "+point, func(t *testing.T) {
+				t.Parallel()
+				operation, _, ok := strings.Cut(point, ".")
+				require.Truef(t, ok, "the failpoint %s names no operation", point)
+				f := newFixture(t, group)
+				ctx := t.Context()
+				k := task{Operation: operation, Group: group, Groups: f.groups}
+				f.prepare(t, operation, group)
+
+				self, err := os.Executable()
+				require.NoError(t, err)
+				raw, err := json.Marshal(k)
+				require.NoError(t, err)
+				cmd := exec.Command(self)
+				cmd.Env = append(os.Environ(), childTask+"="+string(raw), "ONEO_FAILPOINTS="+point+"=exit")
+				out, _ := cmd.CombinedOutput()
+				require.Equalf(t, 137, cmd.ProcessState.ExitCode(), "the failpoint %s did not fire:\n%s", point, out)
+
+				// The connections of the dead process may take a moment to end, and its operation to go stale.
+				pause := time.NewTimer(250 * time.Millisecond)
+				<-pause.C
+				err = k.do(ctx, f.db, f.p, f.m)
+				// When the dead process had finished, or its operation is finished first, doing it again may say so.
+				if err != nil {
+					require.Truef(t, strings.Contains(err.Error(), "exists already") || strings.Contains(err.Error(), "there is no tenant") ||
+						strings.Contains(err.Error(), "cannot be"), "doing it again: %v", err)
+				}
+				f.reached(t, operation, group)
+				f.invariants(t)
+			})
+		}
+	}
+}
+
+type fixture struct {
+	env    *pgtest.Env
+	groups map[string]postgres.Group
+	db     *postgres.DB
+	p      *provision.Provisioner
+	m      *migrate.Migrator
+}
+
+// newFixture makes an installation, with a second group when one is asked for.
+func newFixture(t *testing.T, group string) fixture {
+	t.Helper()
+	env := pgtest.New(t)
+	groups := map[string]postgres.Group{"main": env.Group}
+	if group == "second" {
+		groups[group] = env.SecondGroup(t)
+	}
+	db, _, _ := env.Open(t, func(o *postgres.Options) { o.Groups = groups })
+	_, p, m, err := openOn(db)
+	require.NoError(t, err)
+	_, err = m.Shared(t.Context())
+	require.NoError(t, err)
+	return fixture{env: env, groups: groups, db: db, p: p, m: m}
+}
+
+func (f fixture) create(t *testing.T, slug, group string) tenant.Tenant {
+	t.Helper()
+	made, err := f.p.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, slug), Group: group, Actor: "test"})
+	require.NoError(t, err)
+	return made
+}
+
+// prepare brings acme to where the operation begins.
+func (f fixture) prepare(t *testing.T, operation, group string) {
+	t.Helper()
+	ctx, acme := t.Context(), pgtest.Slug(t, "acme")
+	if operation == "create" {
+		return
+	}
+	made := f.create(t, "acme", group)
+	var err error
+	switch operation {
+	case "resume":
+		_, err = f.p.Suspend(ctx, acme, "test")
+	case "undrop", "purge":
+		_, err = f.p.Drop(ctx, acme, 0, "test")
+	case "migrate": // back to version 1
+		down := f.m.Files(migrate.TenantSet)[1].Down
+		err = f.db.AsOwnerIn(ctx, made, func(tx *postgres.OwnerTx) error {
+			return tx.Script(ctx, down+fmt.Sprintf("; delete from public.ledger where set = 'tenant' and tenant = %d and version > 1; update public.placements set version = 1 where number = %[1]d", made.Number))
+		})
+	}
+	require.NoError(t, err)
+}
+
+func find(ctx context.Context, db *postgres.DB, slug string) (t tenant.Tenant, err error) {
+	err = db.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+		const query = `select number, slug, schema, group_name, state from public.tenants where slug = $1 order by number desc limit 1`
+		var s, schema, state string
+		if err := tx.QueryRow(ctx, query, slug).Scan(&t.Number, &s, &schema, &t.Group, &state); err != nil {
+			return err
+		}
+		var err error
+		if t.Slug, err = tenant.ParseSlug(s); err != nil {
+			return err
+		}
+		if t.Schema, err = tenant.ParseSchema(schema); err != nil {
+			return err
+		}
+		t.State = tenant.State(state)
+		return nil
+	})
+	return t, err
+}
+
+// reached checks the end state of an operation, by what the tenant can and cannot do.
+func (f fixture) reached(t *testing.T, operation, group string) {
+	t.Helper()
+	slug, state := "acme", tenant.Active
+	switch operation {
+	case "rename":
+		slug = "globex"
+	case "suspend":
+		state = tenant.Suspended
+	case "drop":
+		state = tenant.Dropped
+	case "purge":
+		state = tenant.Purged
+	}
+	tn, err := find(t.Context(), f.db, slug)
+	require.NoErrorf(t, err, "tenant %s after %s", slug, operation)
+	require.Equalf(t, state, tn.State, "state after %s", operation)
+	require.Equal(t, group, tn.Group)
+	var schema string
+	err = f.db.InTenant(t.Context(), tn, postgres.Read, func(tx *postgres.Tx) error {
+		return tx.QueryRow(t.Context(), `select current_schema() from (select count(*) from records) r`).Scan(&schema)
+	})
+	if state == tenant.Active {
+		require.NoErrorf(t, err, "after %s the tenant must be served, with its newest tables", operation)
+		require.Equal(t, slug, schema)
+	} else {
+		require.Errorf(t, err, "after %s the tenant must not be served", operation)
+	}
+}
+
+// invariants of both databases.
+func (f fixture) invariants(t *testing.T) {
+	t.Helper()
+	f.env.Invariants(t)
+	main := pgtest.Admin(t, f.env.AdminURL)
+	var open int
+	require.NoError(t, main.QueryRow(t.Context(), `select count(*) from public.operations where state in ('running', 'queued')`).Scan(&open))
+	require.Zero(t, open, "an operation was left open")
+	if _, ok := f.groups["second"]; !ok {
+		return
+	}
+	const second = `select format('placement %s %s', p.number, p.schema) from public.placements p
+left join pg_namespace n on n.nspname = p.schema and n.oid = p.namespace left join pg_roles r on r.rolname = p.role where n.oid is null or r.oid is null
+union all select 'stray schema ' || nspname from pg_namespace where nspname !~ '^pg_' and nspname not in ('public', 'ext', 'information_schema')
+  and nspname not in (select schema from public.placements)
+union all select format('ledger of %s', tenant) from public.ledger where set = 'tenant' and tenant not in (select number from public.placements)
+union all select format('version of %s', p.number) from public.placements p
+  where p.version <> (select coalesce(max(version), 0) from public.ledger where set = 'tenant' and tenant = p.number)`
+	c := pgtest.Admin(t, f.adminURL("second"))
+	rows, err := c.Query(t.Context(), second)
+	require.NoError(t, err)
+	found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	require.NoError(t, err)
+	require.Empty(t, found, "the second group's database")
+	// Registry and the second group's placements agree.
+	rows, err = c.Query(t.Context(), `select format('%s %s', number, state) from public.placements order by number`)
+	require.NoError(t, err)
+	placed, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	require.NoError(t, err)
+	rows, err = main.Query(t.Context(), `select format('%s %s', number, state) from public.tenants where group_name = 'second' and state <> 'purged' order by number`)
+	require.NoError(t, err)
+	known, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	require.NoError(t, err)
+	require.Equal(t, known, placed, "registry and placements of the second group")
+}
+
+func (f fixture) adminURL(group string) string {
+	cfg, err := pgx.ParseConfig(f.groups[group].URL)
+	if err != nil {
+		panic(err)
+	}
+	return f.env.Server.URL(cfg.Database)
+}
