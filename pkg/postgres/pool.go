@@ -122,6 +122,10 @@ func (g *group) ownerPool() (*pgxpool.Pool, error) {
 	return g.open(&g.owner, g.urls.OwnerURL, g.opts.OwnerConns)
 }
 
+// outsideTx runs a statement in one message exchange: outside of a transaction a pooler may give the second one to
+// another server connection.
+const outsideTx = pgx.QueryExecModeExec
+
 const readInstallation = `select id, logins, app_role from public.installation`
 
 // installation reads what Setup fixed, once.
@@ -138,7 +142,7 @@ func (g *group) installation(ctx context.Context) (Installation, error) {
 	}
 	var inst Installation
 	err = retryLost(ctx, g.opts.AcquireTimeout, pool.Reset, func(ctx context.Context) error {
-		return pool.QueryRow(ctx, readInstallation).Scan(&inst.ID, &inst.Logins, &inst.AppRole)
+		return pool.QueryRow(ctx, readInstallation, outsideTx).Scan(&inst.ID, &inst.Logins, &inst.AppRole)
 	})
 	switch code := SQLState(err); {
 	case code == "42P01" || code == "3F000" || code == "42501" || errors.Is(err, pgx.ErrNoRows):
@@ -300,7 +304,7 @@ func (s *subPool) tenantCap() int {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	var n int
-	if err := pool.QueryRow(ctx, `select count(*) from public.placements`).Scan(&n); err == nil {
+	if err := pool.QueryRow(ctx, `select count(*) from public.placements`, outsideTx).Scan(&n); err == nil {
 		s.group.mu.Lock()
 		subs := max(1, len(s.group.subs))
 		s.group.mu.Unlock()

@@ -27,7 +27,7 @@ type SetupOptions struct {
 	Secret    string // derives the passwords that no URL carries
 	Logins    int    // sub-pools; fixed by the first Setup
 	// ID is the installation's id where another group's database has fixed it; empty makes one, or keeps the one there.
-	ID   string
+	ID string
 	// KeepRoles leaves the roles as they are: they were made by another database's Setup on the same cluster.
 	KeepRoles bool
 	Logf      func(format string, args ...any) // the story; may be nil
