@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -55,7 +56,7 @@ func Load(fsys fs.FS, dir string) ([]File, error) {
 		if err != nil || version < 1 {
 			return nil, bad("%s has no version above 0", e.Name())
 		}
-		body, err := fs.ReadFile(fsys, dir+"/"+e.Name())
+		body, err := fs.ReadFile(fsys, path.Join(dir, e.Name()))
 		if err != nil {
 			return nil, fmt.Errorf("read migration: %w", err)
 		}

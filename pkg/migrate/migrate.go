@@ -200,6 +200,9 @@ func (m *Migrator) apply(ctx context.Context, group string, set Set, number int3
 				if at >= m.Head(set) {
 					return nil
 				}
+				if _, err := m.readHeads(ctx, tx, contentsQuery, nil, func(Behind) {}); err != nil {
+					return err
+				}
 				next := m.sets[set][at]
 				if err := prepare(tx); err != nil {
 					return err
@@ -332,30 +335,37 @@ func (m *Migrator) readContents(ctx context.Context, group, sql string, args []a
 	if _, err := m.db.Installation(ctx, group); err != nil {
 		return nil, err
 	}
-	heads := map[Set]int{}
-	err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
-		rows, err := tx.Query(ctx, sql, args...)
-		if err != nil {
-			return err
-		}
-		var set string
-		var version int
-		var sum []byte
-		var number int32
-		_, err = pgx.ForEachRow(rows, []any{&set, &version, &sum, &number}, func() error {
-			if set == "behind" {
-				behind(Behind{Number: number, Version: version})
-				return nil
-			}
-			heads[Set(set)] = max(heads[Set(set)], version)
-			return m.sameContent(Set(set), version, sum)
-		})
+	var heads map[Set]int
+	err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) (err error) {
+		heads, err = m.readHeads(ctx, tx, sql, args, behind)
 		return err
 	})
 	if err != nil && postgres.SQLState(err) == "42P01" {
 		return nil, fault.Wrap(err, fault.Pending, "the shared schema of group %s has not been made", group).
 			WithCode("shared_behind").WithHint("oneo migrate --shared")
 	}
+	return heads, err
+}
+
+// readHeads is readContents in a transaction of the group's database.
+func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql string, args []any, behind func(Behind)) (map[Set]int, error) {
+	rows, err := tx.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, err
+	}
+	heads := map[Set]int{}
+	var set string
+	var version int
+	var sum []byte
+	var number int32
+	_, err = pgx.ForEachRow(rows, []any{&set, &version, &sum, &number}, func() error {
+		if set == "behind" {
+			behind(Behind{Number: number, Version: version})
+			return nil
+		}
+		heads[Set(set)] = max(heads[Set(set)], version)
+		return m.sameContent(Set(set), version, sum)
+	})
 	return heads, err
 }
 

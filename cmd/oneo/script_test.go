@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/devstack"
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+)
+
+// TestMain is the program itself when a script or a test calls it as a child.
+func TestMain(m *testing.M) {
+	if os.Getenv("ONEO_TEST_BE_ONEO") != "" {
+		os.Exit(run(context.Background(), os.Args[1:], slices.DeleteFunc(os.Environ(), func(kv string) bool {
+			return strings.HasPrefix(kv, "ONEO_TEST_BE_ONEO")
+		}), os.Stdin, os.Stdout, os.Stderr))
+	}
+	pgtest.Main(m)
+}
+
+// TestScripts runs testdata/script/*.txtar, each on a migrated database of its own, with oneo in its path.
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	bin := t.TempDir()
+	self, err := os.Executable()
+	require.NoError(t, err)
+	wrapper := "#!/bin/sh\nexec env ONEO_TEST_BE_ONEO=1 " + self + " \"$@\"\n"
+	require.NoError(t, os.WriteFile(filepath.Join(bin, "oneo"), []byte(wrapper), 0o755))
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
+			if strings.Contains(e.WorkDir, "nodatabase") {
+				return nil
+			}
+			env := pgtest.New(e.T().(testing.TB))
+			e.Setenv("ONEO_DATABASE_URL", env.Group.URL)
+			e.Setenv("ONEO_DATABASE_OWNER_URL", env.Group.OwnerURL)
+			e.Setenv("ONEO_SERVER_SECRET", pgtest.Secret)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			// exits CODE oneo ...: runs the command and holds its exit code.
+			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
+				if neg || len(args) < 2 {
+					ts.Fatalf("usage: exits CODE COMMAND...")
+				}
+				err := ts.Exec(args[1], args[2:]...)
+				code := "0"
+				if exit, ok := err.(*exec.ExitError); ok {
+					code = jsonText(exit.ExitCode())
+				} else if err != nil {
+					ts.Fatalf("%v", err)
+				}
+				if code != args[0] {
+					ts.Fatalf("exit code %s, want %s", code, args[0])
+				}
+			},
+		},
+	})
+}
+
+func jsonText(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+func walk(cmd *cobra.Command, visit func(*cobra.Command)) {
+	visit(cmd)
+	for _, c := range cmd.Commands() {
+		walk(c, visit)
+	}
+}
+
+func TestEveryCommandHasHelpAndAnExample(t *testing.T) {
+	t.Parallel()
+	root := newRootCmd(&env{flags: map[string]string{}})
+	walk(root, func(c *cobra.Command) {
+		require.NotEmpty(t, c.Short, c.CommandPath())
+		if c.Name() == "exit-codes" || c.Name() == "help" || strings.HasPrefix(c.CommandPath(), "oneo completion") {
+			return
+		}
+		require.NotEmpty(t, c.Long, c.CommandPath())
+		require.Contains(t, c.Example, "oneo ", c.CommandPath())
+	})
+}
+
+// TestTheCommandLineIsAsCommitted shows an accidental change of a command or flag in the diff of a file.
+func TestTheCommandLineIsAsCommitted(t *testing.T) {
+	t.Parallel()
+	tree := map[string]map[string]string{}
+	walk(newRootCmd(&env{flags: map[string]string{}}), func(c *cobra.Command) {
+		flags := map[string]string{}
+		c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			def := f.DefValue
+			if f.Name == "data" || f.Name == "jobs" {
+				def = "(of the machine)"
+			}
+			flags["--"+f.Name] = strings.TrimSpace(f.Shorthand + " " + f.Value.Type() + " " + def)
+		})
+		tree[c.CommandPath()+" | "+c.Use] = flags
+	})
+	got, err := json.MarshalIndent(tree, "", "  ")
+	require.NoError(t, err)
+	got = append(got, '\n')
+	const golden = "testdata/cli.golden.json"
+	if os.Getenv("ONEO_UPDATE_GOLDEN") != "" {
+		require.NoError(t, os.WriteFile(golden, got, 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	require.NoError(t, err)
+	require.Equal(t, string(want), string(got), "the command line has changed; if that is meant: make golden")
+}
+
+// TestDev runs `oneo dev` as a newcomer does: start, read by the printed lines' tokens, stop, start again.
+func TestDev(t *testing.T) {
+	t.Parallel()
+	_, err := devstack.FindPostgres()
+	require.NoError(t, err)
+	dir, err := os.MkdirTemp("", "oneo-dev-")
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod(dir, 0o755))
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	first := startDev(t, dir)
+	require.Contains(t, first.stderr.String(), "deals")
+	lines := first.curl(t)
+	require.Len(t, lines, 4, "three tenants and the administration")
+	counts := map[string]int{}
+	for _, l := range lines[:3] {
+		status, body := first.get(t, l)
+		require.Equal(t, 200, status, body)
+		var page struct {
+			Data []json.RawMessage `json:"data"`
+			Page struct {
+				Count *int `json:"count"`
+			} `json:"page"`
+		}
+		require.NoError(t, json.Unmarshal([]byte(body), &page), body)
+		require.Len(t, page.Data, 2)
+		require.NotNil(t, page.Page.Count)
+		counts["Won"] += *page.Page.Count
+	}
+	require.Equal(t, 4238, counts["Won"], "the deals won must add up to the file's")
+	status, body := first.get(t, lines[3])
+	require.Equal(t, 200, status, body)
+	require.Contains(t, body, `"slug":"central"`)
+	foreign := lines[0]
+	foreign.host = lines[1].host
+	status, body = first.get(t, foreign)
+	require.Equal(t, 401, status, "central's key at east: %s", body)
+	require.NotContains(t, body, "Won")
+	require.Equal(t, 0, first.stop(t))
+
+	again := startDev(t, dir)
+	require.Equal(t, lines, again.curl(t), "a second start keeps data and keys")
+	require.NotContains(t, again.stderr.String(), "TENANT", "a second start seeds nothing")
+	require.Equal(t, 0, again.stop(t))
+}
