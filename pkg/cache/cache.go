@@ -68,6 +68,7 @@ func Open(o Options) (*Cache, error) {
 			o.Logger.Warn("redis", "breaker", to.String())
 		},
 	})
+	silence()
 	if o.URL != "" {
 		ro, err := redis.ParseURL(o.URL)
 		if err != nil {
@@ -86,6 +87,13 @@ func Open(o Options) (*Cache, error) {
 	c.limiter = limiter
 	return c, nil
 }
+
+// silence keeps go-redis from writing to stderr by itself: its failures are this package's to count and to tell.
+var silence = sync.OnceFunc(func() { redis.SetLogger(quiet{}) })
+
+type quiet struct{}
+
+func (quiet) Printf(context.Context, string, ...any) {}
 
 // Close closes the connections.
 func (c *Cache) Close() error {

@@ -24,7 +24,7 @@ import (
 
 // RedisOptions says how Redis is started.
 type RedisOptions struct {
-	Dir  string            // holds its files
+	Dir  string            // holds its files, and with Keep its port and password
 	Port int               // 0: any free one
 	Keep bool              // snapshots and append-only file in Dir; otherwise nothing outlives the server
 	Conf map[string]string // as in redis.conf
@@ -43,22 +43,44 @@ type Redis struct {
 // StartRedis starts redis-server, or, where it is not installed, one inside this process that keeps nothing. It returns
 // when the server answers.
 func StartRedis(ctx context.Context, o RedisOptions) (*Redis, error) {
-	b := make([]byte, 16)
-	if _, err := rand.Read(b); err != nil {
-		return nil, fmt.Errorf("make a password: %w", err)
-	}
-	r := &Redis{opts: o, password: hex.EncodeToString(b), port: o.Port}
-	if r.port == 0 {
-		var err error
-		if r.port, err = freePort(); err != nil {
-			return nil, err
-		}
+	r := &Redis{opts: o, port: o.Port}
+	if err := r.recall(); err != nil {
+		return nil, err
 	}
 	path, err := exec.LookPath("redis-server")
 	if err != nil {
 		return r, r.startInside()
 	}
 	return r, r.start(ctx, path)
+}
+
+// recall chooses port and password: with Keep those of the last start, so that what was told of them stays true.
+func (r *Redis) recall() error {
+	file := filepath.Join(r.opts.Dir, "redis.port")
+	if r.opts.Keep {
+		if text, err := os.ReadFile(file); err == nil {
+			port, password, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
+			if n, err := strconv.Atoi(port); err == nil && (r.port == 0 || r.port == n) && portFree(n) && len(password) == 32 {
+				r.port, r.password = n, password
+				return nil
+			}
+		}
+	}
+	b := make([]byte, 16)
+	if _, err := rand.Read(b); err != nil {
+		return fmt.Errorf("make a password: %w", err)
+	}
+	r.password = hex.EncodeToString(b)
+	if r.port == 0 {
+		var err error
+		if r.port, err = freePort(); err != nil {
+			return err
+		}
+	}
+	if !r.opts.Keep {
+		return nil
+	}
+	return os.WriteFile(file, []byte(strconv.Itoa(r.port)+" "+r.password+"\n"), 0o600)
 }
 
 func (r *Redis) startInside() error {
