@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"github.com/google/uuid"
@@ -84,10 +85,13 @@ func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQue
 	if l.Fields != nil {
 		data = "(select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(r.data) e where e.key = any(" + arg(l.Fields) + "))"
 	}
-	where := " from records r where r.pipeline_id = $1 and r.deleted_at is null"
+	// A range of one, with the pipeline in the order too: an index on (pipeline_id, id) has this order and the primary key
+	// has not. With "=" PostgreSQL may walk along the primary key, through all records of other pipelines.
+	where := " from records r where r.pipeline_id >= $1 and r.pipeline_id <= $1 and r.deleted_at is "
 	if l.Trash {
-		where = " from records r where r.pipeline_id = $1 and r.deleted_at is not null"
+		where += "not "
 	}
+	where += "null"
 	var counted string
 	if probe != nil {
 		where += " and r.data @> " + arg(probe)
@@ -110,9 +114,9 @@ func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQue
 		}
 		where += " and r.id" + compare + arg(*at)
 	}
-	order := " order by r.id"
+	order := " order by r.pipeline_id, r.id"
 	if descending {
-		order += " desc"
+		order = " order by r.pipeline_id desc, r.id desc"
 	}
 	sql := "select r.id, " + data + ", r.version, r.created_by, r.created_at, r.updated_at, r.deleted_at" + where + order + " limit " + arg(l.Limit+1)
 	rows, err := q.Query(ctx, sql, args...)
@@ -172,7 +176,7 @@ func (p Pipeline) compile(filter string) ([]byte, error) {
 			return nil, parameter("filter", "unknown_field", "the pipeline %s has no field %q; it has: %s", p.Key, clipText(t.Field), strings.Join(keys, ", "))
 		}
 		var u unfit
-		f.check(&u, links{}, "", t.Value)
+		f.check(&u, &links{}, "", t.Value)
 		if len(u.fields) > 0 {
 			return nil, parameter("filter", "value", "the value of %s %s", f.Key, u.fields[0].Detail)
 		}
@@ -243,7 +247,11 @@ func ParseFilter(s string) ([]Term, error) {
 		default:
 			return nil, bad(i, "a value is expected: a text in double quotes, a number, true or false")
 		}
-		i += int(d.InputOffset())
+		raw := s[i : i+int(d.InputOffset())]
+		if halfCharacter(raw) {
+			return nil, bad(i, `half a character (\u escape) stands in the text`)
+		}
+		i += len(raw)
 		if terms = append(terms, Term{Field: field, Value: v}); len(terms) > maxFilterTerms {
 			return nil, bad(i, "a filter has at most %d comparisons", maxFilterTerms)
 		}
@@ -257,4 +265,30 @@ func ParseFilter(s string) ([]Term, error) {
 		i += 2
 		space()
 	}
+}
+
+// halfCharacter reports whether a JSON value holds half a surrogate pair, for which encoding/json would put a
+// replacement character.
+func halfCharacter(raw string) bool {
+	escape := func(i int) rune {
+		if i+6 > len(raw) || raw[i:i+2] != `\u` {
+			return 0
+		}
+		n, _ := strconv.ParseUint(raw[i+2:i+6], 16, 32) // encoding/json has read it
+		return rune(n)
+	}
+	for i := 0; i < len(raw); {
+		switch r := escape(i); {
+		case utf16.IsSurrogate(r):
+			if utf16.DecodeRune(r, escape(i+6)) == utf8.RuneError {
+				return true
+			}
+			i += 12
+		case raw[i] == '\\':
+			i += 2
+		default:
+			i++
+		}
+	}
+	return false
 }

@@ -390,14 +390,16 @@ func touchPipeline(ctx context.Context, q postgres.Querier, id uuid.UUID) error 
 
 func addField(ctx context.Context, q postgres.Querier, p Pipeline, n NewField, position int, at string) (Field, error) {
 	if n.Type == Relation && n.Options.Pipeline != p.Key {
-		var there bool
-		if err := q.QueryRow(ctx, `select exists (select from pipelines where key = $1)`, n.Options.Pipeline).Scan(&there); err != nil {
-			return Field{}, err
-		}
-		if !there {
+		// Locked, so that it is not deleted until the field is there.
+		const target = `select key from pipelines where key = $1 for key share`
+		err := q.QueryRow(ctx, target, n.Options.Pipeline).Scan(&n.Options.Pipeline)
+		if errors.Is(err, pgx.ErrNoRows) {
 			var u unfit
 			u.add(at+"/options/pipeline", "unknown_pipeline", "there is no pipeline %q", n.Options.Pipeline)
 			return Field{}, u.err()
+		}
+		if err != nil {
+			return Field{}, err
 		}
 	}
 	id, err := uuid.NewV7()
@@ -417,6 +419,8 @@ func addField(ctx context.Context, q postgres.Querier, p Pipeline, n NewField, p
 	}
 	return Field{ID: id, Key: n.Key, Name: n.Name, Type: n.Type, Required: n.Required, Options: n.Options, Position: position}, nil
 }
+
+const maxPosition = 100_000
 
 // FieldChange says what of a field is to change; nil stays. Key and type are fixed.
 type FieldChange struct {
@@ -447,6 +451,9 @@ func UpdateField(ctx context.Context, q postgres.Querier, key, field string, c F
 	}
 	var u unfit
 	u.text("/name", f.Name, 1, 200)
+	if f.Position < 0 || f.Position > maxPosition {
+		u.add("/position", "position", "the position must be from 0 to %d", maxPosition)
+	}
 	if c.Options != nil {
 		u.options("/options", f.Type, *c.Options)
 		if f.Type == Relation && c.Options.Pipeline != f.Options.Pipeline {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -42,6 +43,9 @@ func unknownRecord() error {
 
 // RecordByID reads a record that is not in the trash, in one statement. NotFound, also for an unknown pipeline.
 func RecordByID(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID) (Record, error) {
+	if !keyForm.MatchString(pipelineKey) {
+		return Record{}, unknownRecord()
+	}
 	const byID = `select ` + recordColumns + ` from records r join pipelines p on p.id = r.pipeline_id
 where r.id = $2 and p.key = $1 and r.deleted_at is null`
 	r, err := scanRecord(q.QueryRow(ctx, byID, pipelineKey, id))
@@ -66,7 +70,8 @@ func CreateRecord(ctx context.Context, q postgres.Querier, pipelineKey string, d
 	return rs[0], nil
 }
 
-// CreateRecords adds records in one statement: all or none.
+// CreateRecords adds records in one statement: all or none. It returns them in the order given, in which their ids
+// ascend. null says the same as leaving a value out. How many records it takes at once is the caller's to bound.
 func CreateRecords(ctx context.Context, q postgres.Querier, pipelineKey string, data []json.RawMessage, by uuid.UUID) ([]Record, error) {
 	// Shared, so that the fields stay as they are until the records are written.
 	p, err := pipeline(ctx, q, pipelineKey, "for share")
@@ -74,7 +79,7 @@ func CreateRecords(ctx context.Context, q postgres.Querier, pipelineKey string, 
 		return nil, err
 	}
 	var u unfit
-	links := links{}
+	var l links
 	ids, bodies := make([]uuid.UUID, len(data)), make([][]byte, len(data))
 	for i, raw := range data {
 		values, err := object(raw)
@@ -82,17 +87,10 @@ func CreateRecords(ctx context.Context, q postgres.Querier, pipelineKey string, 
 			u.add(fmt.Sprintf("/%d/data", i), "object", "data must be a JSON object")
 			continue
 		}
-		for k, v := range values {
-			if v == nil { // null says: no value
-				delete(values, k)
-			}
-		}
-		p.check(&u, links, fmt.Sprintf("/%d/data", i), values)
-		if bodies[i], err = json.Marshal(values); err != nil {
-			return nil, fmt.Errorf("write a record: %w", err)
-		}
-		if len(bodies[i]) > MaxRecordBytes {
-			u.add(fmt.Sprintf("/%d/data", i), "too_large", "a record has at most %d bytes", MaxRecordBytes)
+		at := fmt.Sprintf("/%d/data", i)
+		p.unset(&u, at, values)
+		if bodies[i], err = p.body(&u, &l, at, values); err != nil {
+			return nil, err
 		}
 		if ids[i], err = uuid.NewV7(); err != nil {
 			return nil, err
@@ -101,7 +99,7 @@ func CreateRecords(ctx context.Context, q postgres.Querier, pipelineKey string, 
 	if err := u.err(); err != nil {
 		return nil, err
 	}
-	if err := links.check(ctx, q); err != nil {
+	if err := l.check(ctx, q); err != nil {
 		return nil, err
 	}
 	const insert = `insert into records as r (id, pipeline_id, data, created_by)
@@ -110,11 +108,49 @@ select i, $2, d, nullif($4, '00000000-0000-0000-0000-000000000000'::uuid) from u
 	if err != nil {
 		return nil, err
 	}
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (Record, error) { return scanRecord(row) })
+	made, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Record, error) { return scanRecord(row) })
+	slices.SortFunc(made, func(a, b Record) int { return bytes.Compare(a.ID[:], b.ID[:]) })
+	return made, err
+}
+
+// unset takes the values out that are null, which says: no value. Their fields must be there all the same.
+func (p Pipeline) unset(u *unfit, at string, values map[string]any) {
+	for _, k := range slices.Sorted(maps.Keys(values)) {
+		if values[k] != nil {
+			continue
+		}
+		if _, ok := p.field(k); ok {
+			delete(values, k) // an unknown one is told by check
+		}
+	}
+}
+
+// body checks a record's values and writes them as they are stored.
+func (p Pipeline) body(u *unfit, l *links, at string, values map[string]any) ([]byte, error) {
+	p.check(u, l, at, values)
+	body, err := encode(values)
+	if err != nil {
+		return nil, fmt.Errorf("write a record: %w", err)
+	}
+	if len(body) > MaxRecordBytes {
+		u.add(at, "too_large", "a record has at most %d bytes", MaxRecordBytes)
+	}
+	return body, nil
+}
+
+// encode writes JSON without the escapes that HTML would need: they would count towards the bounds.
+func encode(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
 // PatchRecord applies a merge patch (RFC 7396) to the data of a record that is still at the version. Stale: it is not;
-// Details then holds the current record and the fields of the patch that differ from it.
+// Details then holds the current record and the fields of the patch that differ from it. No version but the current one
+// is kept, so changes of different fields are not merged: whoever asked does it, having both. What the patch does not
+// touch is held to the fields as they are now: a field that has become required must be given a value.
 func PatchRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID, version int, patch json.RawMessage) (Record, error) {
 	changes, err := object(patch)
 	if err != nil {
@@ -124,7 +160,9 @@ func PatchRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id
 	if err != nil {
 		return Record{}, err
 	}
-	r, err := lockRecord(ctx, q, p.ID, id, false)
+	// Not "for update": a record that points at this one may be written meanwhile, and two that point at each other do
+	// not wait for each other.
+	r, err := lockRecord(ctx, q, p.ID, id, false, "for no key update")
 	if err != nil {
 		return r, err
 	}
@@ -135,28 +173,18 @@ func PatchRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id
 	if r.Version != version {
 		return r, conflict(r, values, changes)
 	}
-	// Values are scalars: merging is setting and removing.
-	for k, v := range changes {
-		if v == nil {
-			delete(values, k)
-		} else {
-			values[k] = v
-		}
-	}
+	maps.Copy(values, changes) // values are scalars: merging is setting and removing
 	var u unfit
-	links := links{}
-	p.check(&u, links, "", values)
-	body, err := json.Marshal(values)
+	var l links
+	p.unset(&u, "", values)
+	body, err := p.body(&u, &l, "", values)
 	if err != nil {
-		return r, fmt.Errorf("write a record: %w", err)
-	}
-	if len(body) > MaxRecordBytes {
-		u.add("", "too_large", "a record has at most %d bytes", MaxRecordBytes)
+		return r, err
 	}
 	if err := u.err(); err != nil {
 		return r, err
 	}
-	if err := links.only(changes).check(ctx, q); err != nil {
+	if err := l.only(changes).check(ctx, q); err != nil {
 		return r, err
 	}
 	const update = `update records r set data = $2, version = version + 1, updated_at = now() where id = $1 returning ` + recordColumns
@@ -177,16 +205,18 @@ func conflict(current Record, values, changes map[string]any) error {
 		WithDetails(map[string]any{"current": current, "conflicting_fields": differing})
 }
 
-func lockRecord(ctx context.Context, q postgres.Querier, pipelineID, id uuid.UUID, trash bool) (Record, error) {
-	const lock = `select ` + recordColumns + ` from records r where r.id = $1 and r.pipeline_id = $2 and (r.deleted_at is not null) = $3 for update`
-	r, err := scanRecord(q.QueryRow(ctx, lock, id, pipelineID, trash))
+// lockRecord reads a record that is in the trash or is not, with a lock ("for update") held until the transaction ends.
+func lockRecord(ctx context.Context, q postgres.Querier, pipelineID, id uuid.UUID, trash bool, lock string) (Record, error) {
+	const byID = `select ` + recordColumns + ` from records r where r.id = $1 and r.pipeline_id = $2 and (r.deleted_at is not null) = $3 `
+	r, err := scanRecord(q.QueryRow(ctx, byID+lock, id, pipelineID, trash))
 	if errors.Is(err, pgx.ErrNoRows) {
 		return r, unknownRecord()
 	}
 	return r, err
 }
 
-// TrashRecord moves a record to the trash. With a version above 0 it must still be at it (Stale).
+// TrashRecord moves a record to the trash, from which it is no target for new relations; those that point at it stay.
+// With a version above 0 it must still be at it (Stale).
 func TrashRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID, version int) (Record, error) {
 	return setTrash(ctx, q, pipelineKey, id, version, false,
 		`update records r set deleted_at = now(), version = version + 1, updated_at = now() where id = $1 returning `+recordColumns)
@@ -203,7 +233,7 @@ func setTrash(ctx context.Context, q postgres.Querier, pipelineKey string, id uu
 	if err != nil {
 		return Record{}, err
 	}
-	r, err := lockRecord(ctx, q, p.ID, id, trash)
+	r, err := lockRecord(ctx, q, p.ID, id, trash, "for update")
 	if err != nil {
 		return r, err
 	}
@@ -219,7 +249,7 @@ func PurgeRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id
 	if err != nil {
 		return err
 	}
-	if _, err := lockRecord(ctx, q, p.ID, id, true); err != nil {
+	if _, err := lockRecord(ctx, q, p.ID, id, true, "for update"); err != nil {
 		return err
 	}
 	const relations = `select f.pipeline_id, f.key from fields f where f.type = 'relation' and f.options ->> 'pipeline' = $1`
@@ -274,17 +304,12 @@ func object(raw json.RawMessage) (map[string]any, error) {
 }
 
 // check holds a record's values against the fields, and collects its relations.
-func (p Pipeline) check(u *unfit, l links, at string, values map[string]any) {
-	keys := make([]string, 0, len(values))
-	for k := range values {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys) // so that the answer is the same each time
-	for _, k := range keys {
+func (p Pipeline) check(u *unfit, l *links, at string, values map[string]any) {
+	for _, k := range slices.Sorted(maps.Keys(values)) { // so that the answer is the same each time
 		pointer := at + "/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(k)
 		f, ok := p.field(k)
 		if !ok {
-			u.add(pointer, "unknown_field", "the pipeline %s has no field %q", p.Key, k)
+			u.add(pointer, "unknown_field", "the pipeline %s has no field %q", p.Key, clipText(k))
 			continue
 		}
 		f.check(u, l, pointer, values[k])
@@ -296,7 +321,7 @@ func (p Pipeline) check(u *unfit, l links, at string, values map[string]any) {
 	}
 }
 
-func (f Field) check(u *unfit, l links, pointer string, value any) {
+func (f Field) check(u *unfit, l *links, pointer string, value any) {
 	s, isText := value.(string)
 	switch f.Type {
 	case Text:
@@ -305,8 +330,8 @@ func (f Field) check(u *unfit, l links, pointer string, value any) {
 		}
 	case Number:
 		n, ok := value.(json.Number)
-		if !ok || len(n) > 100 || hugeExponent(string(n)) {
-			u.add(pointer, "number", "must be a number")
+		if !ok || len(n) > maxNumberChars || hugeExponent(string(n)) {
+			u.add(pointer, "number", "must be a number of at most %d characters and an exponent below 1000", maxNumberChars)
 		}
 	case Boolean:
 		if _, ok := value.(bool); !ok {
@@ -326,9 +351,11 @@ func (f Field) check(u *unfit, l links, pointer string, value any) {
 			u.add(pointer, "relation", "must be the id of a record of %s", f.Options.Pipeline)
 			return
 		}
-		l.add(f, pointer, id)
+		*l = append(*l, link{f.Key, f.Options.Pipeline, id, pointer})
 	}
 }
+
+const maxNumberChars = 100
 
 // hugeExponent refuses numbers that are short to write and enormous as numeric.
 func hugeExponent(n string) bool {
@@ -336,66 +363,54 @@ func hugeExponent(n string) bool {
 	return i >= 0 && len(strings.TrimLeft(n[i+1:], "+-0")) > 3
 }
 
-// links are the records that values point at: pipeline key -> id -> where it stands.
-type links map[string]map[uuid.UUID]string
-
-func (l links) add(f Field, pointer string, id uuid.UUID) {
-	if l[f.Options.Pipeline] == nil {
-		l[f.Options.Pipeline] = map[uuid.UUID]string{}
-	}
-	l[f.Options.Pipeline][id] = pointer
+// link is a value that points at a record.
+type link struct {
+	field, pipeline string // the key of the field, and of the pipeline that it points at
+	id              uuid.UUID
+	pointer         string
 }
+
+type links []link
 
 // only keeps the links that a patch sets: what stood there before was checked when it was written.
 func (l links) only(changes map[string]any) links {
-	kept := links{}
-	for pipeline, ids := range l {
-		for id, pointer := range ids {
-			if _, ok := changes[strings.TrimPrefix(pointer, "/")]; ok {
-				if kept[pipeline] == nil {
-					kept[pipeline] = map[uuid.UUID]string{}
-				}
-				kept[pipeline][id] = pointer
-			}
-		}
-	}
-	return kept
+	return slices.DeleteFunc(l, func(l link) bool { _, set := changes[l.field]; return !set })
 }
 
-// check holds that every link points at a record that is there and not in the trash, and keeps it from being purged
-// until the transaction ends.
+// check holds, in one statement, that every link points at a record that is there and not in the trash, and keeps it
+// from being purged until the transaction ends.
 func (l links) check(ctx context.Context, q postgres.Querier) error {
-	pipelines := make([]string, 0, len(l))
-	for k := range l {
-		pipelines = append(pipelines, k)
+	if len(l) == 0 {
+		return nil
 	}
-	slices.Sort(pipelines) // one order of locks for everybody
-	for _, key := range pipelines {
-		ids := make([]uuid.UUID, 0, len(l[key]))
-		for id := range l[key] {
-			ids = append(ids, id)
-		}
-		const live = `select r.id from records r join pipelines p on p.id = r.pipeline_id
-where p.key = $1 and r.id = any($2) and r.deleted_at is null order by r.id for key share of r`
-		rows, err := q.Query(ctx, live, key, ids)
-		if err != nil {
-			return err
-		}
-		found, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
-		if err != nil {
-			return err
-		}
-		var u unfit
-		for _, id := range ids {
-			if !slices.Contains(found, id) {
-				u.add(l[key][id], "dangling", "%s has no record %s", key, id)
-			}
-		}
-		if err := u.err(); err != nil {
-			return err
+	ids := make([]uuid.UUID, 0, len(l))
+	seen := make(map[uuid.UUID]bool, len(l))
+	for _, to := range l {
+		if !seen[to.id] {
+			seen[to.id] = true
+			ids = append(ids, to.id)
 		}
 	}
-	return nil
+	// Ordered, so that everybody takes the locks in one order.
+	const live = `select p.key, r.id from records r join pipelines p on p.id = r.pipeline_id
+where r.id = any($1) and r.deleted_at is null order by r.id for key share of r`
+	rows, err := q.Query(ctx, live, ids)
+	if err != nil {
+		return err
+	}
+	in := make(map[uuid.UUID]string, len(ids))
+	var key string
+	var id uuid.UUID
+	if _, err := pgx.ForEachRow(rows, []any{&key, &id}, func() error { in[id] = key; return nil }); err != nil {
+		return err
+	}
+	var u unfit
+	for _, to := range l {
+		if in[to.id] != to.pipeline {
+			u.add(to.pointer, "dangling", "%s has no record %s", to.pipeline, to.id)
+		}
+	}
+	return u.err()
 }
 
 // MergePatch applies a merge patch (RFC 7396) to a JSON object. Numbers stay as they are written.
@@ -408,7 +423,7 @@ func MergePatch(target, patch json.RawMessage) (json.RawMessage, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unfit, "the patch must be a JSON object").WithCode("object")
 	}
-	out, err := json.Marshal(merge(t, p))
+	out, err := encode(merge(t, p))
 	if err != nil {
 		return nil, fmt.Errorf("write the merged object: %w", err)
 	}
