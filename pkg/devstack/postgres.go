@@ -101,7 +101,23 @@ func StartPostgres(ctx context.Context, o PostgresOptions) (*Postgres, error) {
 	if err := p.choosePort(); err != nil {
 		return nil, err
 	}
-	return p, p.start(ctx)
+	return p, p.startPatiently(ctx)
+}
+
+// startPatiently starts the server, and again while the backends of one that was killed are still ending.
+func (p *Postgres) startPatiently(ctx context.Context) error {
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		err := p.start(ctx)
+		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 func (p *Postgres) data() string     { return filepath.Join(p.opts.Dir, "postgres") }
@@ -308,5 +324,5 @@ func (p *Postgres) Restart(ctx context.Context) error {
 	if err := p.Stop(ctx); err != nil {
 		return err
 	}
-	return p.start(ctx)
+	return p.startPatiently(ctx)
 }
