@@ -381,4 +381,3 @@ func TestScram(t *testing.T) {
 	require.NoError(t, c.QueryRow(t.Context(), `select rolpassword from pg_authid where rolname = 'oneo_app_1'`).Scan(&stored))
 	require.Regexp(t, `^SCRAM-SHA-256\$4096:`, stored)
 }
-
