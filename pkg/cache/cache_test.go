@@ -1,0 +1,239 @@
+package cache_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/oneo-crm/oneo/pkg/cache"
+	"github.com/oneo-crm/oneo/pkg/devstack"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+func TestMain(m *testing.M) {
+	// What go-redis and devstack start ends with what the tests close.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("os/exec.(*Cmd).Wait"))
+}
+
+func server(t *testing.T, conf map[string]string) *devstack.Redis {
+	t.Helper()
+	r, err := devstack.StartRedis(t.Context(), devstack.RedisOptions{Dir: t.TempDir(), Conf: conf})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, r.Stop(context.Background())) })
+	return r
+}
+
+func open(t *testing.T, url string) *cache.Cache {
+	t.Helper()
+	c, err := cache.Open(cache.Options{URL: url, Timeout: 150 * time.Millisecond})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, c.Close()) })
+	return c
+}
+
+func tenantOf(t *testing.T, number int32, slug string) tenant.Tenant {
+	t.Helper()
+	s, err := tenant.ParseSlug(slug)
+	require.NoError(t, err)
+	return tenant.Tenant{Number: number, Slug: s, Schema: s.Schema(), CacheGeneration: 1}
+}
+
+func key(t *testing.T, of tenant.Tenant, kind, id string) cache.Key {
+	t.Helper()
+	k, err := cache.TenantKey(of, kind, id)
+	require.NoError(t, err)
+	return k
+}
+
+func TestTheSameKeyOfTwoTenantsIsTwoValues(t *testing.T) {
+	t.Parallel()
+	c := open(t, server(t, nil).URL())
+	a, b := tenantOf(t, 1, "acme"), tenantOf(t, 2, "beta")
+	c.Set(t.Context(), key(t, a, "k", "x"), []byte("A"), time.Minute)
+	_, found := c.Get(t.Context(), key(t, b, "k", "x"))
+	require.False(t, found)
+	c.Set(t.Context(), key(t, b, "k", "x"), []byte("B"), time.Minute)
+	v, found := c.Get(t.Context(), key(t, a, "k", "x"))
+	require.True(t, found)
+	require.Equal(t, "A", string(v))
+	require.Equal(t, "acme:1:k:x", key(t, a, "k", "x").String())
+
+	a.CacheGeneration++
+	_, found = c.Get(t.Context(), key(t, a, "k", "x"))
+	require.False(t, found, "a raised generation flushes the tenant")
+	_, found = c.Get(t.Context(), key(t, b, "k", "x"))
+	require.True(t, found, "and nobody else")
+
+	c.Add(t.Context(), key(t, b, "k", "x"), []byte("other"), time.Minute)
+	v, _ = c.Get(t.Context(), key(t, b, "k", "x"))
+	require.Equal(t, "B", string(v), "Add keeps what is there")
+	c.Delete(t.Context(), key(t, b, "k", "x"))
+	_, found = c.Get(t.Context(), key(t, b, "k", "x"))
+	require.False(t, found)
+}
+
+func TestEveryKeyHasATimeToLive(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	c := open(t, s.URL())
+	k := key(t, tenantOf(t, 1, "acme"), "k", "x")
+	c.Set(t.Context(), k, []byte("v"), 365*24*time.Hour)
+	o, err := redis.ParseURL(s.URL())
+	require.NoError(t, err)
+	raw := redis.NewClient(o)
+	defer raw.Close()
+	require.Positive(t, raw.TTL(t.Context(), k.String()).Val())
+	require.LessOrEqual(t, raw.TTL(t.Context(), k.String()).Val(), cache.MaxTTL)
+}
+
+func TestAPartThatCouldBeMistakenIsRefused(t *testing.T) {
+	t.Parallel()
+	a := tenantOf(t, 1, "acme")
+	for _, part := range []string{"", "a:b", "{a}", "a*", "a?", "a[b", `a\b`, "a b", "a\nb", "a\x00", "é", strings.Repeat("x", 201)} {
+		_, err := cache.TenantKey(a, "k", part)
+		require.Errorf(t, err, "id %q", part)
+		_, err = cache.TenantKey(a, part, "x")
+		require.Errorf(t, err, "kind %q", part)
+		_, err = cache.PublicKey("k", part)
+		require.Errorf(t, err, "public id %q", part)
+	}
+	_, err := cache.TenantKey(tenant.Tenant{}, "k", "x")
+	require.Error(t, err, "no tenant")
+}
+
+func FuzzKeysOfTwoTenantsNeverMeet(f *testing.F) {
+	f.Add("k", "x", "k", "x")
+	f.Fuzz(func(t *testing.T, kind1, id1, kind2, id2 string) {
+		a, b := tenantOf(t, 1, "acme"), tenantOf(t, 2, "acme-1")
+		k1, err1 := cache.TenantKey(a, kind1, id1)
+		k2, err2 := cache.TenantKey(b, kind2, id2)
+		p, err3 := cache.PublicKey(kind2, id2)
+		if err1 == nil && err2 == nil {
+			require.NotEqual(t, k1.String(), k2.String())
+		}
+		if err1 == nil && err3 == nil {
+			require.NotEqual(t, k1.String(), p.String())
+		}
+	})
+}
+
+func TestADeadRedisIsACacheThatHoldsNothing(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	c := open(t, s.URL())
+	k := key(t, tenantOf(t, 1, "acme"), "k", "x")
+	c.Set(t.Context(), k, []byte("v"), time.Minute)
+	require.NoError(t, c.Ping(t.Context()))
+	require.NoError(t, s.Kill())
+	for range 1000 { // most of them must not even dial
+		_, found := c.Get(t.Context(), k)
+		require.False(t, found)
+	}
+	require.Equal(t, "open", c.Stats().Breaker)
+	require.Error(t, c.Ping(t.Context()))
+	require.NotContains(t, fmt.Sprint(c.Ping(t.Context())), "password")
+	d := c.Allow(t.Context(), k, cache.Limit{Count: 2, Per: time.Hour})
+	require.True(t, d.Allowed, "limits go on in the process")
+}
+
+func TestAHangingRedisCostsAFewTimeouts(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	c := open(t, s.URL())
+	k := key(t, tenantOf(t, 1, "acme"), "k", "x")
+	c.Set(t.Context(), k, []byte("v"), time.Minute)
+	require.NoError(t, s.Pause())
+	start := time.Now()
+	for range 1000 {
+		_, found := c.Get(t.Context(), k)
+		require.False(t, found)
+	}
+	require.Less(t, time.Since(start), 30*time.Second, "1,000 timeouts would take 150 s")
+	require.NoError(t, s.Continue())
+	require.Eventually(t, func() bool { _, found := c.Get(t.Context(), k); return found }, 10*time.Second, 20*time.Millisecond,
+		"it must be used again when it is back")
+}
+
+func TestAFullRedisForgets(t *testing.T) {
+	t.Parallel()
+	c := open(t, server(t, map[string]string{"maxmemory": "2mb", "maxmemory-policy": "allkeys-lru"}).URL())
+	a := tenantOf(t, 1, "acme")
+	for i := range 400 {
+		c.Set(t.Context(), key(t, a, "k", fmt.Sprint(i)), make([]byte, 10_000), time.Minute)
+	}
+	_, found := c.Get(t.Context(), key(t, a, "k", "0"))
+	require.False(t, found)
+}
+
+func TestMessagesReachTheOthersAndOurselves(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	a, b := open(t, s.URL()), open(t, s.URL())
+	var atA, atB, stale atomic.Int64
+	a.OnMessage(func(m cache.Message) { atA.Add(1) })
+	b.OnMessage(func(m cache.Message) {
+		if m.Kind == "host" && m.Value == "acme.localhost" {
+			atB.Add(1)
+		}
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { b.Listen(ctx, func() { stale.Add(1) }); close(done) }()
+	require.Eventually(t, func() bool {
+		a.Publish(ctx, cache.Message{Kind: "host", Value: "acme.localhost"})
+		return atB.Load() > 0
+	}, 10*time.Second, 20*time.Millisecond)
+	require.Positive(t, atA.Load(), "the sender hears itself at once")
+
+	o, err := redis.ParseURL(s.URL())
+	require.NoError(t, err)
+	raw := redis.NewClient(o)
+	defer raw.Close()
+	require.NoError(t, raw.ClientKillByFilter(t.Context(), "TYPE", "pubsub").Err())
+	require.Eventually(t, func() bool { return stale.Load() > 0 }, 10*time.Second, 20*time.Millisecond,
+		"a lost connection means that messages may have been missed")
+	cancel()
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Fatal("Listen did not end with its context")
+	}
+}
+
+func TestWithoutRedisMessagesReachOurselves(t *testing.T) {
+	t.Parallel()
+	c := open(t, "")
+	got := 0
+	c.OnMessage(func(cache.Message) { got++ })
+	c.Publish(t.Context(), cache.Message{Kind: "host", Value: "x"})
+	require.Equal(t, 1, got)
+	_, found := c.Get(t.Context(), key(t, tenantOf(t, 1, "acme"), "k", "x"))
+	require.False(t, found)
+	require.NoError(t, c.Ping(t.Context()))
+}
+
+func TestLimitsAreSharedByProcesses(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	a, b := open(t, s.URL()), open(t, s.URL())
+	k, err := cache.PublicKey("rate", "login")
+	require.NoError(t, err)
+	allowed := 0
+	for range 5 {
+		for _, c := range []*cache.Cache{a, b} {
+			if d := c.Allow(t.Context(), k, cache.Limit{Count: 3, Per: time.Hour}); d.Allowed {
+				allowed++
+			} else {
+				require.Positive(t, d.RetryAfter)
+			}
+		}
+	}
+	require.Equal(t, 3, allowed)
+}
