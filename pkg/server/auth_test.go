@@ -1,14 +1,19 @@
 package server_test
 
 import (
+	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/server"
+	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 func TestLoginAndLogout(t *testing.T) {
@@ -104,8 +109,8 @@ func TestTokensOfAnotherTenantAreUnknown(t *testing.T) {
 	}
 	st.cache.mu.Unlock()
 	other := st.again(t)
-	st.doAt(t, other, scenario{name: "from a cache", host: "globex.localhost", path: "/api/v1/me", token: acme, status: 401})
-	st.doAt(t, other, scenario{name: "from a cache", host: "acme.localhost", path: "/api/v1/me", token: acme, status: 200})
+	st.doAt(t, other, scenario{name: "from a cache", host: "globex.localhost", path: "/api/v1/pipelines", token: acme, status: 401})
+	st.doAt(t, other, scenario{name: "from a cache", host: "acme.localhost", path: "/api/v1/pipelines", token: acme, status: 200})
 }
 
 func TestRealmsDoNotKnowEachOthersPaths(t *testing.T) {
@@ -250,4 +255,73 @@ func TestSecureCookies(t *testing.T) {
 	require.NotEmpty(t, a.header.Get("Strict-Transport-Security"))
 	st.do(t, scenario{name: "me", path: "/api/v1/me", header: map[string]string{"Cookie": "__Host-oneo=" + cookie.Value}, status: 200})
 	st.do(t, scenario{name: "the plain name does not count", path: "/api/v1/me", cookie: cookie.Value, status: 401})
+}
+
+// pausing holds the first reading transaction of a tenant after its work is done, as a slow network would.
+type pausing struct {
+	databases
+	once            *atomic.Bool
+	inside, release chan struct{}
+}
+
+func (p pausing) InTenant(ctx context.Context, t tenant.Tenant, a server.Access, fn func(server.Tx) error) error {
+	err := p.databases.InTenant(ctx, t, a, fn)
+	if a == server.Single && p.once.CompareAndSwap(false, true) {
+		close(p.inside)
+		<-p.release
+	}
+	return err
+}
+
+func TestALookUpThatIsOvertakenByALogoutLeavesNothingBehind(t *testing.T) {
+	for _, where := range []string{"this process", "the shared cache"} {
+		t.Run(where, func(t *testing.T) {
+			st := open(t)
+			token := st.login(t, "acme.localhost", adminMail)
+			p := pausing{databases{st.env.DB}, &atomic.Bool{}, make(chan struct{}), make(chan struct{})}
+			slow := st.again(t, func(o *server.Options) {
+				o.Databases = p
+				if where == "this process" {
+					o.Cache, o.LocalTTL = nil, time.Hour
+				} else {
+					o.LocalTTL = time.Millisecond
+				}
+			})
+			answered := make(chan int, 1)
+			r := scenario{path: "/api/v1/me", token: token}.request(t, slow)
+			go func() {
+				resp, err := http.DefaultTransport.RoundTrip(r)
+				if err != nil {
+					answered <- -1
+					return
+				}
+				_ = resp.Body.Close()
+				answered <- resp.StatusCode
+			}()
+			<-p.inside // it has read that the token is good, and has not stored it yet
+			st.doAt(t, slow, scenario{name: "logout", method: "POST", path: "/api/v1/auth/logout", token: token, status: 204})
+			close(p.release)
+			require.Equal(t, 200, <-answered, "it was good when it was asked about")
+			st.doAt(t, slow, scenario{name: "afterwards", path: "/api/v1/pipelines", token: token, status: 401})
+		})
+	}
+}
+
+func TestACacheThatIsRolledBackRevivesNobody(t *testing.T) {
+	st := open(t)
+	const ttl = 300 * time.Millisecond
+	addr := st.again(t, func(o *server.Options) { o.IdentityTTL, o.LocalTTL = ttl, time.Millisecond })
+	token := st.login(t, "acme.localhost", adminMail)
+	began := time.Now()
+	st.doAt(t, addr, scenario{name: "before", path: "/api/v1/pipelines", token: token, status: 200})
+	st.cache.mu.Lock()
+	snapshot := maps.Clone(st.cache.values)
+	st.cache.mu.Unlock()
+	require.NotEmpty(t, snapshot, "who asked must have been cached")
+	st.doAt(t, addr, scenario{name: "logout", method: "POST", path: "/api/v1/auth/logout", token: token, status: 204})
+	eventually(t, "what the snapshot holds has aged", func() bool { return time.Since(began) > 2*ttl })
+	st.cache.mu.Lock()
+	st.cache.values = snapshot
+	st.cache.mu.Unlock()
+	st.doAt(t, addr, scenario{name: "after", path: "/api/v1/pipelines", token: token, status: 401})
 }

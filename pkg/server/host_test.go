@@ -140,6 +140,8 @@ func TestForwardedHostsCountOnlyFromProxies(t *testing.T) {
 	only := func(v string) map[string]string { return map[string]string{"X-Forwarded-Host": v} }
 	st.doAt(t, behind, scenario{name: "by a proxy", host: "internal.example", path: "/", header: only("globex.localhost"), status: 200, has: []string{`"slug":"globex"`}})
 	st.doAt(t, behind, scenario{name: "two of them", path: "/", header: only("acme.localhost, globex.localhost"), status: 400, code: "invalid_host"})
+	resp, body := raw(t, behind, "GET / HTTP/1.1\r\nHost: acme.localhost\r\nX-Forwarded-Host: globex.localhost\r\nX-Forwarded-Host: acme.localhost\r\n\r\n")
+	require.Equal(t, 400, resp.StatusCode, body)
 	st.doAt(t, behind, scenario{name: "an address", path: "/", header: only("127.0.0.1"), status: 400, code: "invalid_host"})
 	st.doAt(t, behind, scenario{name: "Forwarded is not understood", path: "/", header: map[string]string{"Forwarded": "host=globex.localhost"}, status: 200,
 		has: []string{`"slug":"acme"`}})
@@ -155,6 +157,7 @@ func TestStatesOfATenant(t *testing.T) {
 	require.NoError(t, err)
 	a := st.do(t, scenario{name: "suspended", path: "/api/v1/me", token: token, status: 503, code: "tenant_suspended"})
 	require.NotEmpty(t, a.header.Get("Retry-After"))
+	st.do(t, scenario{name: "suspended for everybody", path: "/", status: 503, code: "tenant_suspended"})
 	st.do(t, scenario{name: "the others are served", host: "globex.localhost", path: "/", status: 200})
 	_, err = st.env.Provision.Resume(t.Context(), slug, "test")
 	require.NoError(t, err)
