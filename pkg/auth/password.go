@@ -13,7 +13,6 @@ import (
 	"sync"
 	"unicode/utf8"
 
-	"github.com/google/uuid"
 	"golang.org/x/crypto/argon2"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -175,7 +174,7 @@ func (h *Hasher) Check(ctx context.Context, c Credential, password string) error
 	if err != nil {
 		return err
 	}
-	if !ok || c.userID == uuid.Nil {
+	if !ok { // always so for nobody's credential: it has no hash
 		return errLogin()
 	}
 	return nil

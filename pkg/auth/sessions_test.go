@@ -174,6 +174,10 @@ func TestSessionsEnd(t *testing.T) {
 				"the next login of its user clears it")
 			p.sql(t, `delete from {sessions}`)
 		}
+		disabled := p.login(t, u.Email)
+		p.sql(t, `update {users} set disabled_at = now()`)
+		p.requireUnknown(t, disabled, "a user whom somebody disabled by hand and left the session")
+		p.sql(t, `update {users} set disabled_at = null`)
 		token := p.login(t, u.Email)
 		p.sql(t, `update {sessions} set last_seen = now() - interval '23 hours 59 minutes', expires_at = now() + interval '1 minute'`)
 		_, err := p.who(t, token)
@@ -411,7 +415,7 @@ func TestTokensBelongToOneRealmAndOneTenant(t *testing.T) {
 	require.Equal(t, "42P01", postgres.SQLState(err), "%v", err)
 }
 
-// A text that is no token costs no statement: a transaction that is over would refuse it.
+// A text that is no token costs no statement: there is nothing here that could run one.
 func TestMalformedTokensNeverReachTheDatabase(t *testing.T) {
 	t.Parallel()
 	for _, r := range []*auth.Realm{auth.Tenants(), auth.Administrators()} {

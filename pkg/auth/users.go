@@ -177,10 +177,11 @@ func (r *Realm) UpdateUser(ctx context.Context, q postgres.Querier, u User) (Use
 	if err != nil {
 		return User{}, nil, err
 	}
+	// The role read here is the one that the statement replaces: it changes this version only, also where the caller
+	// guessed a later one.
 	if before.Version != u.Version {
 		return User{}, nil, errStale(before)
 	}
-	// The role that was read is the one that is replaced: the statement changes this version only.
 	if before.Role == RoleAdmin && u.Role != RoleAdmin {
 		if err := r.keepAnAdmin(ctx, q, u.ID); err != nil {
 			return User{}, nil, err

@@ -1,6 +1,7 @@
 package auth_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/auth"
@@ -152,6 +154,11 @@ func TestUpdateUser(t *testing.T) {
 		require.Equal(t, after, fault.Of(err).Details.(map[string]any)["current"], "who is refused sees what is there now")
 		require.Equal(t, "Ada", value[string](t, p, `select name from {users}`))
 
+		ahead := after
+		ahead.Version++
+		_, _, err = p.update(t, ahead)
+		requireFault(t, err, fault.Stale, "stale")
+
 		nobody := after
 		nobody.ID = uuid.New()
 		_, _, err = p.update(t, nobody)
@@ -187,6 +194,40 @@ func TestUpdateUserAtTheSameTime(t *testing.T) {
 		require.Equal(t, "first", fault.Of(err).Details.(map[string]any)["current"].(auth.User).Name)
 		require.Equal(t, "first", value[string](t, p, `select name from {users}`))
 	})
+}
+
+// between does something before the first statement that writes.
+type between struct {
+	postgres.Querier
+	do func()
+}
+
+func (b *between) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	if strings.HasPrefix(sql, "update") && b.do != nil {
+		b.do()
+		b.do = nil
+	}
+	return b.Querier.QueryRow(ctx, sql, args...)
+}
+
+// A version guessed ahead must not slip past the lock: between reading and writing, the account becomes that version,
+// and the last administrator.
+func TestUpdateUserWithAGuessedVersion(t *testing.T) {
+	t.Parallel()
+	env := install(t)
+	p := inTenant(env, env.Tenant(t, "acme"))
+	p.add(t, "ada@example.com", auth.RoleAdmin)
+	u := p.add(t, "bob@example.com", auth.RoleMember)
+	u.Version++
+	u.Role = auth.RoleViewer
+	err := p.write(t, func(q postgres.Querier) error {
+		_, _, err := p.realm.UpdateUser(t.Context(), &between{Querier: q, do: func() {
+			p.sql(t, `update {users} set role = case role when 'admin' then 'member' else 'admin' end, version = version + 1`)
+		}}, u)
+		return err
+	})
+	requireFault(t, err, fault.Stale, "stale")
+	require.Equal(t, 1, value[int](t, p, `select count(*) from {users} where role = 'admin'`))
 }
 
 func TestNewRoleEndsSessions(t *testing.T) {
