@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/crm"
@@ -330,6 +331,17 @@ func TestOnePatchWinsPerVersion(t *testing.T) {
 	}
 }
 
+// before calls do before each statement that returns no rows.
+type before struct {
+	postgres.Querier
+	do func()
+}
+
+func (b before) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	b.do()
+	return b.Querier.Exec(ctx, sql, args...)
+}
+
 // A relation and the purge of its target exclude each other, whichever comes first.
 func TestARelationNeverDangles(t *testing.T) {
 	s := open(t)
@@ -373,6 +385,47 @@ func TestARelationNeverDangles(t *testing.T) {
 	}
 	refused(t, race(point, destroy), fault.Conflict, "referenced")
 	refused(t, race(destroy, point), fault.Unfit, "dangling")
+
+	// Between looking for relations and destroying, nobody can bring the record back and point at it.
+	old := s.create("accounts", `{}`).ID
+	s.ok(func(ctx context.Context, q postgres.Querier) error {
+		_, err := crm.TrashRecord(ctx, q, "accounts", old, 0)
+		return err
+	})
+	var restored error
+	var other sync.WaitGroup
+	s.ok(func(ctx context.Context, q postgres.Querier) error {
+		return crm.PurgeRecord(ctx, before{q, func() {
+			other.Go(func() {
+				restored = inTenant(t.Context(), s.env, s.at, func(ctx context.Context, q postgres.Querier) error {
+					_, err := crm.RestoreRecord(ctx, q, "accounts", old)
+					return err
+				})
+			})
+			wait(t, "the restore waits for the purge", blocked)
+		}}, "accounts", old)
+	})
+	other.Wait()
+	refused(t, restored, fault.NotFound, "unknown_record")
+
+	// A version is checked when nobody else can change it any more.
+	changed := s.create("accounts", `{}`).ID
+	var trashed error
+	s.ok(func(ctx context.Context, q postgres.Querier) error {
+		if _, err := crm.PatchRecord(ctx, q, "accounts", changed, 1, json.RawMessage(`{}`)); err != nil {
+			return err
+		}
+		other.Go(func() {
+			trashed = inTenant(t.Context(), s.env, s.at, func(ctx context.Context, q postgres.Querier) error {
+				_, err := crm.TrashRecord(ctx, q, "accounts", changed, 1)
+				return err
+			})
+		})
+		wait(t, "the trash waits for the patch", blocked)
+		return nil
+	})
+	other.Wait()
+	refused(t, trashed, fault.Stale, "stale")
 
 	// A patch of the target is no reason to wait: two that point at each other would wait for ever.
 	to := s.create("accounts", `{}`).ID
