@@ -9,6 +9,7 @@ import (
 	"testing/fstest"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/crm"
@@ -146,6 +147,36 @@ func TestAKilledSeedIsFinished(t *testing.T) {
 	require.NoError(t, err)
 	require.False(t, r.Already)
 	require.Equal(t, map[string]int{"Engaging": 1589, "Lost": 2473, "Prospecting": 500, "Won": 4238}, r.Stages)
+}
+
+// thief takes a deal away before the deals are counted.
+type thief struct{ postgres.Querier }
+
+func (q thief) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	if strings.Contains(sql, "count(*)") {
+		if _, err := q.Exec(ctx, `delete from records where id = (select r.id from `+deals+` limit 1)`); err != nil {
+			return nil, err
+		}
+	}
+	return q.Querier.Query(ctx, sql, args...)
+}
+
+func TestADealThatIsMissingInTheDatabaseFails(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	d := deps(env)
+	d.Data = files("1,Ada,GTX Pro,Acme,Won,20-10-16,01-03-17,1054,,\n2,Ada,GTX Pro,Acme,Lost,20-10-16,01-03-17,0,,\n")
+	in := d.In
+	var east tenant.Tenant
+	d.In = func(ctx context.Context, at tenant.Tenant, fn func(postgres.Querier) error) error {
+		if at.Slug.String() == "east" {
+			east = at
+		}
+		return in(ctx, at, func(q postgres.Querier) error { return fn(thief{q}) })
+	}
+	_, err := demo.Seed(t.Context(), d)
+	require.ErrorContains(t, err, "seed tenant east: the database holds")
+	require.Zero(t, one(t, env, east, `select count(*) from records`), "what does not add up was kept")
 }
 
 func TestATenantWithPipelinesIsLeftAlone(t *testing.T) {
