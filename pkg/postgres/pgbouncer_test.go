@@ -28,7 +28,7 @@ func TestPgBouncer(t *testing.T) {
 		o.Statements, o.MaxConns, o.InFlight, o.AcquireTimeout = postgres.Unprepared, 8, 4, 3*time.Second
 		o.Groups = map[string]postgres.Group{"main": {URL: through(t, env.Group.URL, bouncer), OwnerURL: through(t, env.Group.OwnerURL, bouncer), DirectURL: env.Group.OwnerURL}}
 	})
-	pgtest.Isolation(t, env, pgtest.IsolationOptions{DB: db, Tenants: []tenant.Tenant{env.Tenant(t, "acme"), env.Tenant(t, "globex")}, Workers: 4, Requests: 6})
+	pgtest.Isolation(t, env, pgtest.IsolationOptions{DB: db, Tenants: []tenant.Tenant{env.Tenant(t, "acme"), env.Tenant(t, "globex")}, Workers: 6, Requests: 40, NoCancels: true})
 }
 
 func startPgBouncer(t *testing.T, port int) (addr string) {
