@@ -312,7 +312,7 @@ func newKeyCmd(e *env) *cobra.Command {
 	}, &pa)
 	add.Flags().StringVar(&user, "user", "", "the user's `EMAIL`")
 	add.Flags().StringVar(&name, "name", "", "what the key is for")
-	add.Flags().StringArrayVar(&scopes, "scope", []string{auth.ScopeRead}, "read, write or admin; repeatable")
+	add.Flags().StringArrayVar(&scopes, "scope", nil, "read, write or admin; repeatable; default: read, of an administrator's key admin")
 	add.Flags().DurationVar(&expires, "expires", 0, "the key ends after so long; default: never")
 	must(add.MarkFlagRequired("user"))
 	must(add.MarkFlagRequired("name"))
@@ -372,6 +372,12 @@ func addKey(ctx context.Context, e *env, p people, user, name string, scopes []s
 	email, err := auth.ParseEmail(user)
 	if err != nil {
 		return err
+	}
+	if len(scopes) == 0 {
+		scopes = []string{auth.ScopeRead}
+		if p.admins {
+			scopes = []string{auth.ScopeAdmin}
+		}
 	}
 	a, err := e.open()
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -74,6 +75,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		}
 	})
 	running.Go(func() { a.enter(beside, s.OpsAddr(), o.Version) })
+	running.Go(func() { a.clearSessions(beside) })
 
 	a.Log.Info("serving", "addr", s.Addr(), "ops_addr", s.OpsAddr(), "redis", a.Cache.String())
 	if o.Ready != nil {
@@ -165,6 +167,50 @@ func (a *App) enter(ctx context.Context, opsAddr, version string) {
 			return
 		}
 	}
+}
+
+// clearSessionsEach is how often sessions that have run out are removed. They are refused in any case, and a login
+// removes its own user's; this is for people who never come back.
+const clearSessionsEach = 24 * time.Hour
+
+func (a *App) clearSessions(ctx context.Context) {
+	ticker := time.NewTicker(clearSessionsEach)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if err := a.ClearSessions(ctx); err != nil && ctx.Err() == nil {
+			a.Log.Warn("remove sessions that have run out", "error", err)
+		}
+	}
+}
+
+// ClearSessions removes the administrators' and every active tenant's sessions that have run out, one short transaction
+// a tenant. It goes on behind a tenant that fails.
+func (a *App) ClearSessions(ctx context.Context) error {
+	idle := a.Config.Auth.SessionIdle
+	var ts []tenant.Tenant
+	err := a.DB.InShared(ctx, postgres.Write, func(tx *postgres.Tx) (err error) {
+		if _, err = auth.Administrators().PurgeExpired(ctx, tx, idle); err != nil {
+			return err
+		}
+		ts, err = registry.List(ctx, tx, registry.Filter{States: []tenant.State{tenant.Active}})
+		return err
+	})
+	errs := []error{err}
+	for _, t := range ts {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		errs = append(errs, a.DB.InTenant(ctx, t, postgres.Write, func(tx *postgres.Tx) error {
+			_, err := auth.Tenants().PurgeExpired(ctx, tx, idle)
+			return err
+		}))
+	}
+	return errors.Join(errs...)
 }
 
 // The types below hand the parts to the server in the form that it declares.
