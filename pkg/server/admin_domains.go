@@ -26,12 +26,15 @@ type domainView struct {
 }
 
 func (s *Server) adminDomainRoutes() []route {
-	const domains = tenantsPath + "/:slug/domains"
+	r := func(method, path string, access Access, body bodyKind, h Handler) route {
+		return route{method: method, path: tenantsPath + "/:slug/domains" + path, realm: publicRealm, policy: signedIn,
+			action: auth.Administer, access: access, body: body, handler: h}
+	}
 	return []route{
-		{method: http.MethodGet, path: domains, realm: publicRealm, policy: signedIn, action: auth.Administer, access: Read, handler: s.listDomains},
-		{method: http.MethodPost, path: domains, realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, body: jsonBody, handler: s.addDomain},
-		{method: http.MethodDelete, path: domains + "/:host", realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, handler: s.removeDomain},
-		{method: http.MethodPost, path: domains + "/:host/primary", realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, handler: s.setPrimary},
+		r(http.MethodGet, "", Read, noBody, s.listDomains),
+		r(http.MethodPost, "", Write, jsonBody, s.addDomain),
+		r(http.MethodDelete, "/:host", Write, noBody, s.removeDomain),
+		r(http.MethodPost, "/:host/primary", Write, noBody, s.setPrimary),
 	}
 }
 

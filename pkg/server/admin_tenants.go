@@ -75,19 +75,26 @@ type AuditEntry struct {
 const tenantsPath = "/api/v1/admin/tenants"
 
 func (s *Server) adminTenantRoutes() []route {
-	act := func(name, kind string) route {
-		return route{method: http.MethodPost, path: tenantsPath + "/:slug/" + name, realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, owner: true,
-			handler: func(ctx context.Context, r *Request, tx Tx) (Reply, error) { return s.enqueue(ctx, r, tx, kind) }}
+	r := func(method, path string, access Access, body bodyKind, h Handler) route {
+		// What writes here is done by a worker with the owner's connection.
+		return route{method: method, path: tenantsPath + path, realm: publicRealm, policy: signedIn, action: auth.Administer,
+			access: access, body: body, owner: access == Write, handler: h}
 	}
+	act := func(name, kind string) route {
+		return r(http.MethodPost, "/:slug/"+name, Write, noBody, func(ctx context.Context, r *Request, tx Tx) (Reply, error) {
+			return s.enqueue(ctx, r, tx, kind)
+		})
+	}
+	all := r(http.MethodGet, "", Read, noBody, s.listTenants)
+	all.params = []string{"name", "state", "group", "limit", "cursor"}
+	create := r(http.MethodPost, "", Write, jsonBody, nil)
+	create.free = s.createTenant
 	return []route{
-		{method: http.MethodGet, path: tenantsPath, realm: publicRealm, policy: signedIn, action: auth.Administer, access: Read,
-			params: []string{"name", "state", "group", "limit", "cursor"}, handler: s.listTenants},
-		{method: http.MethodPost, path: tenantsPath, realm: publicRealm, policy: signedIn, action: auth.Administer, body: jsonBody, owner: true, free: s.createTenant},
-		{method: http.MethodGet, path: tenantsPath + "/:slug", realm: publicRealm, policy: signedIn, action: auth.Administer, access: Read, handler: s.showTenant},
-		{method: http.MethodDelete, path: tenantsPath + "/:slug", realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, owner: true,
-			body: optionalBody, handler: s.dropTenant},
-		{method: http.MethodPost, path: tenantsPath + "/:slug/purge", realm: publicRealm, policy: signedIn, action: auth.Administer, access: Write, owner: true,
-			body: optionalBody, handler: s.purgeTenant},
+		all,
+		create,
+		r(http.MethodGet, "/:slug", Read, noBody, s.showTenant),
+		r(http.MethodDelete, "/:slug", Write, optionalBody, s.dropTenant),
+		r(http.MethodPost, "/:slug/purge", Write, optionalBody, s.purgeTenant),
 		act("suspend", "tenant.suspend"),
 		act("resume", "tenant.resume"),
 		act("undrop", "tenant.undrop"),

@@ -304,7 +304,7 @@ func (s *Server) Run(ctx context.Context) error {
 	grace, stop := context.WithTimeout(context.WithoutCancel(ctx), s.opts.ShutdownGrace)
 	defer stop()
 	if serr := s.api.Shutdown(grace); serr != nil {
-		s.opts.Logger.Warn("requests are still at work after the grace period and are cancelled", "grace", s.opts.ShutdownGrace)
+		s.opts.Logger.WarnContext(ctx, "requests are still at work after the grace period and are cancelled", "grace", s.opts.ShutdownGrace)
 		cancel(errStopping)
 		// Handlers end by their context, which their transactions have too, and may still answer.
 		s.awaitRequests(stopWait)
