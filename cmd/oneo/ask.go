@@ -2,6 +2,8 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,7 +17,7 @@ import (
 
 // confirm asks before something that is hard to undo. --yes answers. Without a terminal it refuses and says which flag
 // to add.
-func (e *env) confirm(what string) error {
+func (e *env) confirm(ctx context.Context, what string) error {
 	if e.yes {
 		return nil
 	}
@@ -25,7 +27,10 @@ func (e *env) confirm(what string) error {
 	in := bufio.NewReader(e.in)
 	for {
 		fmt.Fprintf(e.err, "This will %s. Go on? [y/N] ", what)
-		line, err := in.ReadString('\n')
+		line, err := wait(ctx, func() (string, error) { return in.ReadString('\n') })
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		switch strings.ToLower(strings.TrimSpace(line)) {
 		case "y", "yes":
 			return nil
@@ -39,10 +44,10 @@ func (e *env) confirm(what string) error {
 }
 
 // confirmName wants the name of what is to be destroyed typed, or given by --confirm. --yes does not answer.
-func (e *env) confirmName(name, given, what string) error {
+func (e *env) confirmName(ctx context.Context, name, given, what string) error {
 	if given == "" && e.terminal {
 		fmt.Fprintf(e.err, "This will %s. Type %s to go on: ", what, name)
-		line, err := bufio.NewReader(e.in).ReadString('\n')
+		line, err := wait(ctx, func() (string, error) { return bufio.NewReader(e.in).ReadString('\n') })
 		if err != nil && err != io.EOF {
 			return err
 		}
@@ -56,6 +61,24 @@ func (e *env) confirmName(name, given, what string) error {
 	return nil
 }
 
+// wait reads from a terminal until the context ends: Ctrl-C at a question ends the program. A read that nobody answers
+// is left behind, since nothing can interrupt it; the process ends with it.
+func wait[T any](ctx context.Context, read func() (T, error)) (answer T, err error) {
+	done := make(chan struct{})
+	var got T
+	var failed error
+	go func() {
+		defer close(done)
+		got, failed = read()
+	}()
+	select {
+	case <-done:
+		return got, failed
+	case <-ctx.Done():
+		return answer, ctx.Err()
+	}
+}
+
 // passwordFlags are the ways in which a password reaches a command; never as an argument, which others can read.
 type passwordFlags struct {
 	stdin bool
@@ -63,7 +86,7 @@ type passwordFlags struct {
 }
 
 // password reads a password, or generates one when asked by nothing at all; generated says so.
-func (e *env) password(p passwordFlags, prompt string, mayGenerate bool) (password string, generated bool, err error) {
+func (e *env) password(ctx context.Context, p passwordFlags, prompt string, mayGenerate bool) (password string, generated bool, err error) {
 	switch {
 	case p.stdin && p.file != "":
 		return "", false, fault.New(fault.Invalid, "--password-stdin and --password-file exclude each other")
@@ -84,10 +107,17 @@ func (e *env) password(p passwordFlags, prompt string, mayGenerate bool) (passwo
 		return "", false, fault.New(fault.NeedsConfirmation, "a password is needed and there is no terminal").
 			WithHint("add --password-stdin or --password-file FILE")
 	}
+	before, err := term.GetState(int(f.Fd()))
+	if err != nil {
+		return "", false, err
+	}
 	read := func(prompt string) (string, error) {
 		fmt.Fprint(e.err, prompt)
-		b, err := term.ReadPassword(int(f.Fd()))
+		b, err := wait(ctx, func() ([]byte, error) { return term.ReadPassword(int(f.Fd())) })
 		fmt.Fprintln(e.err)
+		if ctx.Err() != nil {
+			err = errors.Join(err, term.Restore(int(f.Fd()), before)) // the echo is back
+		}
 		return string(b), err
 	}
 	first, err := read(prompt + ": ")

@@ -47,7 +47,9 @@ roles and tables, seed three tenants with a real CRM's data, serve, and print cu
 DIR/oneo.env holds the settings for a second terminal. Ctrl-C stops what was started; a second start
 keeps the data. PostgreSQL refuses to run as root: it then runs as the user postgres or nobody.`,
 		Example: "  oneo dev\n  oneo dev --data /tmp/oneo --addr :9000 --seed none", Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return runDev(cmd.Context(), e, o) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return untilStopped(cmd.Context(), runDev(cmd.Context(), e, o))
+		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.dir, "data", defaultDataDir(e.environ), "the data `DIR`")
@@ -123,6 +125,9 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	set := map[string]string{
 		"server.addr": o.addr, "server.ops_addr": opsAddr, "server.public_url": publicURL, "server.secret": state.Secret,
 	}
+	if c.Database.URL != "" && c.Server.Secret != "" {
+		set["server.secret"] = c.Server.Secret // the one that the configured database was made with
+	}
 	admin := c.Database.OwnerURL
 	if c.Database.URL == "" {
 		pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: o.dir, Settings: map[string]string{
@@ -195,7 +200,7 @@ func devAddresses(ctx context.Context, addr string) (ops, public string, err err
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", a)
 		if err != nil {
-			return "", "", fault.Wrap(err, fault.Unavailable, "the address %s is taken", a).WithCode("listen").
+			return "", "", fault.Wrap(err, fault.Conflict, "the address %s is taken", a).WithCode("listen").
 				WithHint("is another `oneo dev` running? --addr 127.0.0.1:%d serves elsewhere", n+1000)
 		}
 		if err := l.Close(); err != nil {

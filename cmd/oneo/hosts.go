@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,15 +33,18 @@ by itself. --apply replaces oneo's own block in the file and touches nothing els
 			if print == apply {
 				return errUsage{fault.New(fault.Invalid, "say either --print or --apply")}
 			}
+			if _, err := netip.ParseAddr(address); err != nil {
+				return errUsage{fault.New(fault.Invalid, "--address %q is no IP address", address)}
+			}
 			a, err := e.open()
 			if err != nil {
 				return err
 			}
-			var lines []string
+			var hosts, lines []string
 			err = a.DB.AsOwner(cmd.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-				const hosts = `select d.host from public.domains d join public.tenants t on t.number = d.tenant
+				const domains = `select d.host from public.domains d join public.tenants t on t.number = d.tenant
 where t.state in ('active', 'suspended') and d.host not like '%.localhost' order by d.host`
-				rows, err := tx.Query(cmd.Context(), hosts)
+				rows, err := tx.Query(cmd.Context(), domains)
 				if err != nil {
 					return err
 				}
@@ -50,6 +54,7 @@ where t.state in ('active', 'suspended') and d.host not like '%.localhost' order
 					if err := rows.Scan(&host); err != nil {
 						return err
 					}
+					hosts = append(hosts, host)
 					lines = append(lines, address+" "+host)
 				}
 				return rows.Err()
@@ -57,16 +62,23 @@ where t.state in ('active', 'suspended') and d.host not like '%.localhost' order
 			if err != nil {
 				return err
 			}
+			if apply {
+				if err := applyHosts(file, lines); err != nil {
+					return err
+				}
+				e.say("%s names %d domain(s)", file, len(lines))
+			}
+			if e.output != "table" {
+				return show(e, hosts, []column[string]{
+					{"HOST", "host", func(h string) any { return h }},
+					{"ADDRESS", "address", func(string) any { return address }},
+				})
+			}
 			if print {
 				for _, l := range lines {
 					fmt.Fprintln(e.out, l)
 				}
-				return nil
 			}
-			if err := applyHosts(file, lines); err != nil {
-				return err
-			}
-			e.say("%s names %d domain(s)", file, len(lines))
 			return nil
 		},
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"gopkg.in/yaml.v3"
 
@@ -92,6 +94,14 @@ func showOne[T any](e *env, it T, columns []column[T]) error {
 
 func (e *env) encode(v any) error {
 	if e.output == "yaml" {
+		// By way of JSON, so that both forms have the same keys and the same values.
+		text, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		if v, err = fromJSON(text); err != nil {
+			return err
+		}
 		enc := yaml.NewEncoder(e.out)
 		defer enc.Close()
 		return enc.Encode(v)
@@ -101,17 +111,60 @@ func (e *env) encode(v any) error {
 	return enc.Encode(v)
 }
 
+// fromJSON reads JSON into what the YAML encoder writes well: whole numbers stay whole.
+func fromJSON(text []byte) (any, error) {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.UseNumber()
+	var v any
+	if err := dec.Decode(&v); err != nil {
+		return nil, err
+	}
+	var plain func(v any) any
+	plain = func(v any) any {
+		switch v := v.(type) {
+		case map[string]any:
+			for k := range v {
+				v[k] = plain(v[k])
+			}
+		case []any:
+			for i := range v {
+				v[i] = plain(v[i])
+			}
+		case json.Number:
+			if n, err := v.Int64(); err == nil {
+				return n
+			}
+			if n, err := v.Float64(); err == nil {
+				return n
+			}
+			return v.String()
+		}
+		return v
+	}
+	return plain(v), nil
+}
+
 func object[T any](it T, columns []column[T]) map[string]any {
 	m := map[string]any{}
 	for _, c := range columns {
-		v := c.value(it)
-		if t, ok := v.(*time.Time); ok && t == nil {
-			v = nil
+		switch v := c.value(it).(type) {
+		case time.Time:
+			m[c.key] = v.UTC().Format(time.RFC3339)
+		case *time.Time:
+			m[c.key] = nil
+			if v != nil {
+				m[c.key] = v.UTC().Format(time.RFC3339)
+			}
+		case []string:
+			m[c.key] = append([]string{}, v...) // never null
+		case json.RawMessage:
+			m[c.key] = nil
+			if len(v) > 0 {
+				m[c.key] = v
+			}
+		default:
+			m[c.key] = v
 		}
-		if t, ok := v.(time.Time); ok {
-			v = t.UTC().Format(time.RFC3339)
-		}
-		m[c.key] = v
 	}
 	return m
 }
@@ -158,7 +211,7 @@ func text(v any) string {
 		s = fmt.Sprint(v)
 	}
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		if unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) {
 			return '?'
 		}
 		return r

@@ -14,11 +14,13 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/fleet"
 )
 
 // Exit codes; `oneo help exit-codes` explains them.
@@ -55,6 +57,7 @@ type env struct {
 	out, err io.Writer
 	environ  []string
 	terminal bool // somebody can be asked
+	colours  bool // what is told on stderr may be coloured
 
 	// The flags that every command has.
 	configFile string
@@ -75,9 +78,14 @@ type env struct {
 func run(ctx context.Context, args, environ []string, in io.Reader, out, errw io.Writer) int {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// The first signal stops in order; a second one ends the process at once.
+	context.AfterFunc(ctx, stop)
 	e := &env{in: in, out: out, err: errw, environ: environ, flags: map[string]string{}, output: "table"}
 	if f, ok := in.(*os.File); ok {
 		e.terminal = term.IsTerminal(int(f.Fd()))
+	}
+	if f, ok := errw.(*os.File); ok {
+		e.colours = term.IsTerminal(int(f.Fd())) && e.getenv("NO_COLOR") == "" && e.getenv("TERM") != "dumb"
 	}
 	root := newRootCmd(e)
 	root.SetArgs(args)
@@ -93,6 +101,11 @@ func run(ctx context.Context, args, environ []string, in io.Reader, out, errw io
 	if err == nil {
 		return exitOK
 	}
+	var usage errUsage
+	if errors.As(err, &usage) {
+		// A flag that is not known ends the reading of flags, and --output may stand behind it.
+		e.output = outputOf(args, e.output)
+	}
 	code := exitCode(ctx, err)
 	e.report(err, code)
 	return code
@@ -102,6 +115,32 @@ func run(ctx context.Context, args, environ []string, in io.Reader, out, errw io
 type errUsage struct{ error }
 
 func (e errUsage) Unwrap() error { return e.error }
+
+// getenv reads a variable of the environment that run was given.
+func (e *env) getenv(name string) string {
+	for _, kv := range e.environ {
+		if n, v, _ := strings.Cut(kv, "="); n == name {
+			return v
+		}
+	}
+	return ""
+}
+
+// outputOf is the --output that a command line asks for, however wrong the rest of it is.
+func outputOf(args []string, otherwise string) string {
+	for i, arg := range args {
+		name, value, given := strings.Cut(arg, "=")
+		switch {
+		case (name == "-o" || name == "--output") && given:
+			return value
+		case (arg == "-o" || arg == "--output") && i+1 < len(args):
+			return args[i+1]
+		case strings.HasPrefix(arg, "-o") && len(arg) > 2:
+			return arg[2:]
+		}
+	}
+	return otherwise
+}
 
 // errExit is a result that has been told already and asks for a code.
 type errExit struct{ code int }
@@ -114,7 +153,7 @@ func exitCode(ctx context.Context, err error) int {
 	switch {
 	case errors.As(err, &exit):
 		return exit.code
-	case errors.As(err, &usage), strings.HasPrefix(err.Error(), "unknown command "):
+	case errors.As(err, &usage):
 		return exitUsage
 	case ctx.Err() != nil || errors.Is(err, context.Canceled):
 		return exitInterrupted
@@ -146,13 +185,12 @@ func (e *env) report(err error, code int) {
 	var isFault *fault.Fault
 	if !errors.As(err, &isFault) {
 		f = fault.Wrap(errors.Unwrap(err), fault.Internal, "%s", err)
-		var usage errUsage
-		if errors.As(err, &usage) || code == exitUsage {
+		if code == exitUsage {
 			f = fault.New(fault.Invalid, "%s", err).WithHint("add --help to see how the command is used")
 		}
-		if code == exitInterrupted {
-			f = fault.New(fault.Internal, "interrupted; everything is as it was, or whole").WithCode("interrupted").WithHint("run the same command again")
-		}
+	}
+	if code == exitInterrupted {
+		f = fault.New(fault.Internal, "interrupted; everything is as it was, or whole").WithCode("interrupted").WithHint("run the same command again")
 	}
 	if e.output == "json" || e.output == "ndjson" {
 		line, merr := json.Marshal(map[string]any{"error": map[string]any{
@@ -163,22 +201,43 @@ func (e *env) report(err error, code int) {
 			return
 		}
 	}
-	fmt.Fprintln(e.err, "error:", f.Message)
+	label := func(word, colour string) string {
+		if e.colours && !e.noColor {
+			return "\x1b[" + colour + "m" + word + "\x1b[0m"
+		}
+		return word
+	}
+	fmt.Fprintln(e.err, label("error:", "1;31"), f.Message)
 	for i, field := range f.Fields {
 		if i > 0 {
 			fmt.Fprintf(e.err, "       %s%s %s\n", field.Parameter, field.Pointer, field.Detail)
 		}
 	}
 	if cause := errors.Unwrap(f); cause != nil {
-		fmt.Fprintln(e.err, "cause:", strings.TrimSpace(strings.SplitN(cause.Error(), "\n", 2)[0]))
+		fmt.Fprintln(e.err, label("cause:", "33"), strings.TrimSpace(strings.SplitN(cause.Error(), "\n", 2)[0]))
 	}
 	if f.Hint != "" {
-		fmt.Fprintln(e.err, "hint: ", f.Hint)
+		fmt.Fprintln(e.err, label("hint: ", "36"), f.Hint)
 	}
 	if e.debug {
-		for err := err; err != nil; err = errors.Unwrap(err) {
-			fmt.Fprintf(e.err, "debug: %T: %s\n", err, err)
+		e.chain(err)
+	}
+}
+
+// chain tells an error and everything that it wraps.
+func (e *env) chain(err error) {
+	for err != nil {
+		fmt.Fprintf(e.err, "debug: %T: %s\n", err, err)
+		if p, ok := err.(*fleet.Panic); ok {
+			fmt.Fprintf(e.err, "%s\n", p.Stack)
 		}
+		if many, ok := err.(interface{ Unwrap() []error }); ok {
+			for _, one := range many.Unwrap() {
+				e.chain(one)
+			}
+			return
+		}
+		err = errors.Unwrap(err)
 	}
 }
 
@@ -234,6 +293,13 @@ func (e *env) say(format string, args ...any) {
 	}
 }
 
+// onlyHere tells a secret that is shown once, where --output name leaves it out of the answer.
+func (e *env) onlyHere(what, secret string) {
+	if secret != "" && e.output == "name" {
+		fmt.Fprintf(e.err, "%s: %s\n", what, secret)
+	}
+}
+
 // actor is who runs the command, for the audit trail.
 func (e *env) actor() string {
 	name := "unknown"
@@ -256,7 +322,7 @@ is the administration.
 New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data.`,
 		Example:       "  oneo dev\n  oneo tenant create acme\n  oneo migrate --all-tenants\n  oneo serve",
 		SilenceErrors: true, SilenceUsage: true,
-		Args: usageArgs(cobra.NoArgs),
+		Args: known,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	f := root.PersistentFlags()
@@ -267,7 +333,7 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	f.BoolVarP(&e.yes, "yes", "y", false, "answer questions with yes (not those that want a name typed)")
 	f.BoolVar(&e.debug, "debug", false, "show the whole chain of an error")
 	f.BoolVar(&e.noColor, "no-color", false, "no colours")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errUsage{err} })
+	root.SetFlagErrorFunc(flagError)
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return checkOutput(e.output) }
 	root.CompletionOptions.HiddenDefaultCmd = false
 	root.AddCommand(
@@ -275,6 +341,16 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 		newMigrateCmd(e), newCacheCmd(e), newConfigCmd(e), newHostsCmd(e), newVersionCmd(e),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodes},
 	)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "completion":
+			c.Args, c.RunE = known, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		case "help":
+			c.Run, c.RunE = nil, helpOf
+		}
+	}
 	return root
 }
 
@@ -288,15 +364,67 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
+// known refuses, for a command that only holds others, a word that is none of them.
+func known(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	var verbs []string
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() || c.Name() == "help" {
+			verbs = append(verbs, c.Name())
+		}
+	}
+	f := fault.New(fault.Invalid, "unknown command %q for %q", args[0], cmd.CommandPath()).WithCode("unknown_command")
+	if near := fault.Nearest(args[0], verbs, 3); len(near) > 0 {
+		return errUsage{f.WithHint("did you mean %s %s?", cmd.CommandPath(), strings.Join(near, ", "))}
+	}
+	return errUsage{f.WithHint("%s --help lists the commands", cmd.CommandPath())}
+}
+
+// flagError says which flag was meant.
+func flagError(cmd *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) || unknown.GetSpecifiedShortnames() != "" {
+		return errUsage{err}
+	}
+	var flags []string
+	cmd.Flags().VisitAll(func(f *pflag.Flag) { flags = append(flags, f.Name) })
+	near := fault.Nearest(unknown.GetSpecifiedName(), flags, 3)
+	if len(near) == 0 {
+		return errUsage{err}
+	}
+	return errUsage{fault.New(fault.Invalid, "%s", err).WithCode("unknown_flag").WithHint("did you mean --%s?", strings.Join(near, ", --"))}
+}
+
+// helpOf shows the help of a command or topic; cobra's own takes an unknown one for done.
+func helpOf(cmd *cobra.Command, args []string) error {
+	about, rest, err := cmd.Root().Find(args)
+	if err != nil {
+		return errUsage{err}
+	}
+	if len(rest) > 0 {
+		if err := known(about, rest); about.HasSubCommands() {
+			return err
+		}
+		return errUsage{fmt.Errorf("%q has no command %q", about.CommandPath(), rest[0])}
+	}
+	about.InitDefaultHelpFlag()
+	return about.Help()
+}
+
+// untilStopped makes an orderly end of a server that a signal stopped.
+func untilStopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
 // noun makes a command that only holds others; called alone, it shows its help.
 func noun(use, short, long, example string, verbs ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{Use: use, Short: short, Long: long, Example: example,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return errUsage{fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())}
-			}
-			return nil
-		},
+		Args: known,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(verbs...)

@@ -90,14 +90,18 @@ func walk(cmd *cobra.Command, visit func(*cobra.Command)) {
 func TestEveryCommandHasHelpAndAnExample(t *testing.T) {
 	t.Parallel()
 	root := newRootCmd(&env{flags: map[string]string{}})
-	walk(root, func(c *cobra.Command) {
-		require.NotEmpty(t, c.Short, c.CommandPath())
-		if c.Name() == "exit-codes" || c.Name() == "help" || strings.HasPrefix(c.CommandPath(), "oneo completion") {
-			return
-		}
-		require.NotEmpty(t, c.Long, c.CommandPath())
-		require.Contains(t, c.Example, "oneo ", c.CommandPath())
-	})
+	require.NotNil(t, root.PersistentFlags().Lookup("output"))
+	for _, c := range root.Commands() {
+		walk(c, func(c *cobra.Command) {
+			require.NotEmpty(t, c.Short, c.CommandPath())
+			require.NotNil(t, c.InheritedFlags().Lookup("output"), "%s has no --output", c.CommandPath())
+			if c.Name() == "exit-codes" || c.Name() == "help" || strings.HasPrefix(c.CommandPath(), "oneo completion") {
+				return
+			}
+			require.NotEmpty(t, c.Long, c.CommandPath())
+			require.Contains(t, c.Example, "oneo ", c.CommandPath())
+		})
+	}
 }
 
 // TestTheCommandLineIsAsCommitted shows an accidental change of a command or flag in the diff of a file.

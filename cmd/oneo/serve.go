@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"runtime/debug"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/fleet"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -68,7 +70,7 @@ server.ops_addr. A signal stops it in order: requests at work are finished.`,
 			if err != nil {
 				return err
 			}
-			return a.Serve(cmd.Context(), app.ServeOptions{AutoMigrate: auto, Version: versionOf()})
+			return untilStopped(cmd.Context(), a.Serve(cmd.Context(), app.ServeOptions{AutoMigrate: auto, Version: versionOf()}))
 		},
 	}
 	cmd.Flags().BoolVar(&auto, "auto-migrate", false, "bring the shared schema to its newest version first")
@@ -93,8 +95,11 @@ Give a file where others can see the list of processes.`,
 			if err != nil {
 				return err
 			}
+			if admin != "" && adminFile != "" {
+				return errUsage{fault.New(fault.Invalid, "--admin-url and --admin-url-file exclude each other")}
+			}
 			if adminFile != "" {
-				text, err := os.ReadFile(adminFile)
+				text, err := readFile(e, adminFile)
 				if err != nil {
 					return fault.Wrap(err, fault.Invalid, "the file with the administrator's URL cannot be read")
 				}
@@ -113,9 +118,17 @@ Give a file where others can see the list of processes.`,
 		},
 	}
 	cmd.Flags().StringVar(&admin, "admin-url", "", "the administrator's `URL`")
-	cmd.Flags().StringVar(&adminFile, "admin-url-file", "", "a `FILE` that holds it")
+	cmd.Flags().StringVar(&adminFile, "admin-url-file", "", "a `FILE` that holds it; - is standard input")
 	cmd.Flags().StringVar(&group, "group", "", "only this database `GROUP`")
 	return cmd
+}
+
+// readFile reads a file, or standard input where its name is "-".
+func readFile(e *env, name string) ([]byte, error) {
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(e.in, 64<<10))
+	}
+	return os.ReadFile(name)
 }
 
 func trimNewline(b []byte) []byte {
@@ -158,7 +171,10 @@ func newConfigCmd(e *env) *cobra.Command {
 				return err
 			}
 			e.say("the configuration is valid")
-			return nil
+			if e.output == "table" {
+				return nil
+			}
+			return showOne(e, true, []column[bool]{{"VALID", "valid", func(ok bool) any { return ok }}})
 		},
 	}
 	return noun("config", "Show and check the configuration", "Settings come from flags, the environment, a file and the defaults, in this order.",
@@ -183,18 +199,34 @@ func newCacheCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			for _, t := range ts {
-				if err := flushTenant(cmd.Context(), a, t); err != nil {
-					return err
-				}
+			report := fleet.Run(cmd.Context(), ts, fleet.Options{Jobs: 1},
+				func(t tenant.Tenant) string { return t.Slug.String() },
+				func(ctx context.Context, t tenant.Tenant) fleet.Outcome {
+					return fleet.Outcome{Err: flushTenant(ctx, a, t)}
+				})
+			if err := show(e, report.Outcomes, flushedColumns); err != nil {
+				return err
 			}
-			e.say("flushed %d tenant(s)", len(ts))
+			e.say("flushed %d tenant(s)", report.Count(fleet.OK))
+			switch {
+			case report.Count(fleet.Failed) > 0:
+				return errExit{exitSomeFailed}
+			case report.Interrupted():
+				return cmd.Context().Err()
+			}
 			return nil
 		},
 	}
 	s.bind(flush, e)
 	return noun("cache", "Flush what is cached of tenants", "Redis and the servers cache what PostgreSQL knows; losing it costs speed only.",
 		"  oneo cache flush -t acme", flush)
+}
+
+var flushedColumns = []column[fleet.Outcome]{
+	{"TENANT", "tenant", func(o fleet.Outcome) any { return o.Tenant }},
+	{"STATUS", "status", func(o fleet.Outcome) any { return string(o.Status) }},
+	{"MS", "duration_ms", func(o fleet.Outcome) any { return o.Duration.Milliseconds() }},
+	{"ERROR", "error", func(o fleet.Outcome) any { return errorObject(o.Err) }},
 }
 
 func flushTenant(ctx context.Context, a *app.App, t tenant.Tenant) error {

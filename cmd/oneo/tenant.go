@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -147,7 +148,7 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 	}
 	var password string
 	if r.AdminEmail != "" {
-		given, generated, err := e.password(o.password, "password of "+r.AdminEmail, true)
+		given, generated, err := e.password(ctx, o.password, "password of "+r.AdminEmail, true)
 		if err != nil {
 			return err
 		}
@@ -163,13 +164,22 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 		}
 	}
 	t, err := a.Provision.Create(ctx, r)
+	var f *fault.Fault
+	if o.ifNotExists && errors.As(err, &f) && f.Code == "tenant_exists" {
+		// Somebody else made it since it was looked for.
+		if t, err = tenantNamed(ctx, a, o.slug); err == nil {
+			e.say("tenant %s exists already", t.Slug)
+			return showTenant(ctx, e, a, t, "")
+		}
+	}
 	if err != nil {
 		return err
 	}
-	e.say("created tenant %s", t.Slug)
+	e.say("created tenant %s; undo: oneo tenant drop %s", t.Slug, t.Slug)
 	if password != "" && e.output == "table" {
 		e.say("first user %s; the password is shown this once", r.AdminEmail)
 	}
+	e.onlyHere("password", password)
 	return showTenant(ctx, e, a, t, password)
 }
 
@@ -349,6 +359,12 @@ func newTenantDropCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if grace < 0 {
+				return errUsage{fault.New(fault.Invalid, "--grace must not be negative").WithHint("0 means tenancy.drop_grace; --purge destroys at once")}
+			}
+			if purge && grace > 0 {
+				return errUsage{fault.New(fault.Invalid, "--purge and --grace exclude each other")}
+			}
 			a, err := e.open()
 			if err != nil {
 				return err
@@ -357,9 +373,9 @@ func newTenantDropCmd(e *env) *cobra.Command {
 				return err
 			}
 			if purge {
-				err = e.confirmName(slug.String(), confirm, "destroy the tenant "+slug.String()+" and all of its data for good")
+				err = e.confirmName(ctx, slug.String(), confirm, "destroy the tenant "+slug.String()+" and all of its data for good")
 			} else {
-				err = e.confirm("take the tenant " + slug.String() + " away from its users; its data is kept for a grace period")
+				err = e.confirm(ctx, "take the tenant "+slug.String()+" away from its users; its data is kept for a grace period")
 			}
 			if err != nil {
 				return err

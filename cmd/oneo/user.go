@@ -35,13 +35,32 @@ func (p people) realm() *auth.Realm {
 	return auth.Tenants()
 }
 
+// flag is how a command names the same accounts.
+func (p people) flag() string {
+	if p.admins {
+		return " --admin"
+	}
+	return " -t " + p.tenant
+}
+
+// check says what is wrong with the selection, before a database or a person is asked for anything.
+func (p people) check() error {
+	switch {
+	case p.admins && p.tenant != "":
+		return errUsage{fault.New(fault.Invalid, "--tenant and --admin exclude each other").WithCode("two_selectors")}
+	case !p.admins && p.tenant == "":
+		return errUsage{fault.New(fault.Invalid, "no tenant is named").WithCode("no_selector").WithHint("add --tenant NAME")}
+	}
+	return nil
+}
+
 // in runs fn in a transaction where the accounts are.
 func (p people) in(ctx context.Context, a *app.App, fn func(tx *postgres.OwnerTx, t tenant.Tenant) error) error {
 	if p.admins {
 		return a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error { return fn(tx, tenant.Tenant{}) })
 	}
-	if p.tenant == "" {
-		return errUsage{fault.New(fault.Invalid, "no tenant is named").WithCode("no_selector").WithHint("add --tenant NAME")}
+	if err := p.check(); err != nil {
+		return err
 	}
 	t, err := tenantNamed(ctx, a, p.tenant)
 	if err != nil {
@@ -117,6 +136,9 @@ func peopleVerbs(e *env, admins bool) []*cobra.Command {
 		cmd := &cobra.Command{
 			Use: use, Short: short, Long: long, Args: usageArgs(cobra.ExactArgs(args)),
 			RunE: func(cmd *cobra.Command, args []string) error {
+				if err := p.check(); err != nil {
+					return err
+				}
 				a, err := e.open()
 				if err != nil {
 					return err
@@ -181,7 +203,7 @@ func addUser(ctx context.Context, e *env, a *app.App, p people, address, name, r
 	if err != nil {
 		return err
 	}
-	password, generated, err := e.password(pf, "password", pf == passwordFlags{})
+	password, generated, err := e.password(ctx, pf, "password", pf == passwordFlags{})
 	if err != nil {
 		return err
 	}
@@ -210,6 +232,7 @@ func addUser(ctx context.Context, e *env, a *app.App, p people, address, name, r
 	columns := userColumns
 	if generated {
 		e.say("the password is shown this once")
+		e.onlyHere("password", password)
 		columns = append(columns[:len(columns):len(columns)], column[auth.User]{"PASSWORD", "password", func(auth.User) any { return password }})
 	}
 	return showOne(e, u, columns)
@@ -238,7 +261,19 @@ func listUsers(ctx context.Context, e *env, a *app.App, p people) error {
 }
 
 func setUserPassword(ctx context.Context, e *env, a *app.App, p people, address string, pf passwordFlags) error {
-	password, _, err := e.password(pf, "new password", false)
+	// Whom it is for is known before anybody is asked for a password.
+	err := p.in(ctx, a, func(tx *postgres.OwnerTx, _ tenant.Tenant) error {
+		email, err := auth.ParseEmail(address)
+		if err != nil {
+			return err
+		}
+		_, err = p.realm().UserByEmail(ctx, tx, email)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	password, _, err := e.password(ctx, pf, "new password", false)
 	if err != nil {
 		return err
 	}
@@ -314,12 +349,13 @@ func newKeyCmd(e *env) *cobra.Command {
 	add.Flags().StringVar(&name, "name", "", "what the key is for")
 	add.Flags().StringArrayVar(&scopes, "scope", nil, "read, write or admin; repeatable; default: read, of an administrator's key admin")
 	add.Flags().DurationVar(&expires, "expires", 0, "the key ends after so long; default: never")
-	must(add.MarkFlagRequired("user"))
-	must(add.MarkFlagRequired("name"))
 	list := bind(&cobra.Command{
 		Use: "list", Short: "List API keys", Long: "List API keys, revoked ones too; never their tokens.",
 		Example: "  oneo key list -t acme\n  oneo key list --admin", Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := pl.check(); err != nil {
+				return err
+			}
 			a, err := e.open()
 			if err != nil {
 				return err
@@ -344,6 +380,9 @@ func newKeyCmd(e *env) *cobra.Command {
 			if err != nil {
 				return fault.New(fault.Invalid, "%q is no key's id", args[0]).WithHint("oneo key list")
 			}
+			if err := pr.check(); err != nil {
+				return err
+			}
 			a, err := e.open()
 			if err != nil {
 				return err
@@ -361,14 +400,29 @@ func newKeyCmd(e *env) *cobra.Command {
 			if err := pr.forget(ctx, a, t, [][]byte{hash}); err != nil {
 				return err
 			}
+			if err := pr.audit(ctx, e, a, t, "key.revoke", id.String()); err != nil {
+				return err
+			}
 			e.say("key %s is revoked", id)
-			return pr.audit(ctx, e, a, t, "key.revoke", id.String())
+			return showOne(e, id, []column[uuid.UUID]{
+				{"ID", "id", func(id uuid.UUID) any { return id.String() }},
+				{"STATUS", "status", func(uuid.UUID) any { return "revoked" }},
+			})
 		},
 	}, &pr)
 	return noun("key", "Make, list and revoke API keys", "Programs send an API key as Authorization: Bearer TOKEN.", "  oneo key list -t acme", add, list, revoke)
 }
 
 func addKey(ctx context.Context, e *env, p people, user, name string, scopes []string, expires time.Duration) error {
+	if err := p.check(); err != nil {
+		return err
+	}
+	if user == "" || name == "" {
+		return errUsage{fault.New(fault.Invalid, "a key needs a user and a name").WithCode("missing_flag").WithHint("add --user EMAIL and --name TEXT")}
+	}
+	if expires < 0 {
+		return errUsage{fault.New(fault.Invalid, "--expires must not be negative")}
+	}
 	email, err := auth.ParseEmail(user)
 	if err != nil {
 		return err
@@ -407,7 +461,7 @@ func addKey(ctx context.Context, e *env, p people, user, name string, scopes []s
 	if err := p.audit(ctx, e, a, t, "key.add", email); err != nil {
 		return err
 	}
-	e.say("the token is shown this once")
+	e.say("the token is shown this once; undo: oneo key revoke %s%s", k.ID, p.flag())
 	columns := append([]column[auth.Key]{{"TOKEN", "token", func(auth.Key) any { return token }}}, keyColumns...)
 	return showOne(e, k, columns)
 }

@@ -71,7 +71,8 @@ func (r Report) Interrupted() bool {
 }
 
 // Run does work for each item and returns when all workers have ended. When ctx ends, work in hand is finished with a
-// context that goes on, and no more is begun. name names an item's tenant in its outcome.
+// context that goes on, and no more is begun. name names an item's tenant in its outcome. An outcome with an error is
+// Failed, and one without a status is OK.
 func Run[T any](ctx context.Context, items []T, o Options, name func(T) string, work func(context.Context, T) Outcome) Report {
 	start := time.Now()
 	report := Report{Outcomes: make([]Outcome, len(items))}
@@ -118,11 +119,25 @@ func Run[T any](ctx context.Context, items []T, o Options, name func(T) string, 
 	return report
 }
 
+// Panic is the error of a tenant whose work panicked. Its text has no stack.
+type Panic struct {
+	Value any
+	Stack []byte
+}
+
+func (p *Panic) Error() string { return fmt.Sprintf("panic: %v", p.Value) }
+
 func guarded[T any](ctx context.Context, item T, work func(context.Context, T) Outcome) (out Outcome) {
 	start := time.Now()
 	defer func() {
 		if p := recover(); p != nil {
-			out = Outcome{Status: Failed, Err: fmt.Errorf("panic: %v\n%s", p, debug.Stack())}
+			out = Outcome{Err: &Panic{Value: p, Stack: debug.Stack()}}
+		}
+		switch {
+		case out.Err != nil:
+			out.Status = Failed
+		case out.Status == "":
+			out.Status = OK
 		}
 		out.Duration = time.Since(start)
 	}()

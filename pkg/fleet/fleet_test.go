@@ -57,6 +57,11 @@ func TestAPanicIsOneTenantsFailure(t *testing.T) {
 	})
 	require.Equal(t, 2, r.Count(fleet.OK))
 	require.ErrorContains(t, r.Outcomes[1].Err, "oops")
+	require.Equal(t, fleet.Failed, r.Outcomes[1].Status)
+	require.NotContains(t, r.Outcomes[1].Err.Error(), "goroutine", "a report shows no stack")
+	var p *fleet.Panic
+	require.ErrorAs(t, r.Outcomes[1].Err, &p)
+	require.Contains(t, string(p.Stack), "fleet_test.go", "the stack is kept for the log")
 }
 
 func TestMaxFailuresAndTheContextStopBeginning(t *testing.T) {
@@ -76,4 +81,30 @@ func TestMaxFailuresAndTheContextStopBeginning(t *testing.T) {
 	})
 	require.Equal(t, 4, r.Count(fleet.OK))
 	require.ErrorIs(t, r.Outcomes[4].Err, fleet.ErrNotBegun)
+}
+
+func TestAnErrorIsAFailureWhateverTheStatusSays(t *testing.T) {
+	r := fleet.Run(context.Background(), numbers(3), fleet.Options{}, strconv.Itoa, func(_ context.Context, i int) fleet.Outcome {
+		return []fleet.Outcome{{}, {Err: errors.New("bad")}, {Status: fleet.OK, Err: errors.New("bad")}}[i]
+	})
+	require.Equal(t, fleet.OK, r.Outcomes[0].Status)
+	require.Equal(t, fleet.Failed, r.Outcomes[1].Status)
+	require.Equal(t, fleet.Failed, r.Outcomes[2].Status)
+}
+
+func TestOutcomesComeInTheOrderOfTheirEnds(t *testing.T) {
+	second := make(chan struct{})
+	var ended []string
+	r := fleet.Run(context.Background(), numbers(2), fleet.Options{Jobs: 2, Each: func(o fleet.Outcome) {
+		if ended = append(ended, o.Tenant); o.Tenant == "1" {
+			close(second)
+		}
+	}}, strconv.Itoa, func(_ context.Context, i int) fleet.Outcome {
+		if i == 0 {
+			<-second
+		}
+		return fleet.Outcome{}
+	})
+	require.Equal(t, []string{"1", "0"}, ended)
+	require.Equal(t, "0", r.Outcomes[0].Tenant, "the report is in the order of the plan")
 }
