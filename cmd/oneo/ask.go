@@ -48,7 +48,7 @@ func (e *env) confirmName(ctx context.Context, name, given, what string) error {
 	if given == "" && e.terminal {
 		fmt.Fprintf(e.err, "This will %s. Type %s to go on: ", what, name)
 		line, err := wait(ctx, func() (string, error) { return bufio.NewReader(e.in).ReadString('\n') })
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 		given = strings.TrimSpace(line)

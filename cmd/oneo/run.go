@@ -221,6 +221,10 @@ func (e *env) report(err error, code int) {
 	}
 	if e.debug {
 		e.chain(err)
+		var p *fleet.Panic
+		if errors.As(err, &p) {
+			fmt.Fprintf(e.err, "%s\n", p.Stack)
+		}
 	}
 }
 
@@ -228,9 +232,6 @@ func (e *env) report(err error, code int) {
 func (e *env) chain(err error) {
 	for err != nil {
 		fmt.Fprintf(e.err, "debug: %T: %s\n", err, err)
-		if p, ok := err.(*fleet.Panic); ok {
-			fmt.Fprintf(e.err, "%s\n", p.Stack)
-		}
 		if many, ok := err.(interface{ Unwrap() []error }); ok {
 			for _, one := range many.Unwrap() {
 				e.chain(one)

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -59,7 +60,8 @@ func TestScripts(t *testing.T) {
 				}
 				err := ts.Exec(args[1], args[2:]...)
 				code := "0"
-				if exit, ok := err.(*exec.ExitError); ok {
+				var exit *exec.ExitError
+				if errors.As(err, &exit) {
 					code = jsonText(exit.ExitCode())
 				} else if err != nil {
 					ts.Fatalf("%v", err)

@@ -175,7 +175,7 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
-	e.say("created tenant %s; undo: oneo tenant drop %s", t.Slug, t.Slug)
+	e.say("created tenant %s", t.Slug)
 	if password != "" && e.output == "table" {
 		e.say("first user %s; the password is shown this once", r.AdminEmail)
 	}
