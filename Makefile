@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 TAGS := nomsgpack
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
-GO_BUILD := go build -tags $(TAGS) -trimpath -ldflags "-X main.version=$(VERSION)"
+# The version comes from -ldflags, so git is not asked twice: a clone that another user owns would fail the build.
+GO_BUILD := go build -tags $(TAGS) -trimpath -buildvcs=false -ldflags "-X main.version=$(VERSION)"
 LINT := go tool -modfile=tools/go.mod golangci-lint
 FUZZTIME ?= 20s
 
@@ -43,9 +44,15 @@ fuzz: ## run each fuzz target for FUZZTIME (20s)
 	  done; done
 
 golden: ## rewrite the golden files
-	ONEO_UPDATE_GOLDEN=1 go test -tags $(TAGS) ./cmd/... ./pkg/server/...
+	@./scripts/setup.sh --ci
+	@dirs=$$(grep -rl ONEO_UPDATE_GOLDEN --include='*_test.go' . | xargs -r -n1 dirname | sort -u); \
+	  if [ -z "$$dirs" ]; then echo "no test has golden files"; exit 0; fi; \
+	  ONEO_UPDATE_GOLDEN=1 go test -tags $(TAGS) -count=1 $$dirs && git status --short -- '*/testdata/*'
 
 cover: ## show the coverage by package
 	@./scripts/setup.sh --ci
-	go test -tags $(TAGS) -coverprofile=/tmp/oneo-cover.out -coverpkg=./pkg/... ./... >/dev/null
-	go tool cover -func=/tmp/oneo-cover.out | tail -n 1
+	go test -tags $(TAGS) -timeout 14m -coverprofile=cover.out -coverpkg=./pkg/...,./cmd/... ./...
+	@# A statement is in the profile once for each test binary: it is covered when one of them ran it.
+	@awk 'NR > 1 { of[$$1] = $$2; if ($$3 > 0) ran[$$1] = 1 } \
+	  END { for (b in of) { d = b; sub(/\/[^\/]*$$/, "", d); all[d] += of[b]; every += of[b]; if (b in ran) { hit[d] += of[b]; hits += of[b] } } \
+	    for (d in all) printf "  %5.1f%%  %s\n", 100 * hit[d] / all[d], d | "sort -k2"; close("sort -k2"); printf "  %5.1f%%  all\n", 100 * hits / every }' cover.out

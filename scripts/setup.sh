@@ -1,56 +1,97 @@
 #!/usr/bin/env bash
-# Installs what oneo's two README commands need on a Debian machine and is not there: PostgreSQL, Redis, and with --ci
-# PgBouncer for the tests. It says nothing and takes no time when everything is there.
+# Installs what `make dev` needs beside Go and is not on this machine: PostgreSQL and Redis, from the distribution's
+# packages. With --ci also what the tests need: PgBouncer, and a C compiler for the race detector.
+# It says nothing and takes no time when everything is there. The packages' own servers are neither made nor started.
 set -euo pipefail
 
-find_postgres() {
+has_postgres() {
   local dir
-  for dir in /usr/lib/postgresql/*/bin /usr/local/pgsql/bin; do
+  for dir in /usr/lib/postgresql/*/bin /usr/local/pgsql/bin /usr/pgsql/bin /opt/homebrew/opt/postgresql@*/bin; do
     if [ -x "$dir/initdb" ] && [ -x "$dir/postgres" ]; then return 0; fi
   done
   command -v initdb >/dev/null && command -v postgres >/dev/null
 }
 
-missing=()
-find_postgres || missing+=(postgresql)
-command -v redis-server >/dev/null || missing+=(redis-server)
-if [ "${1:-}" = --ci ]; then
-  command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
-fi
-[ ${#missing[@]} -gt 0 ] || exit 0
+has() {
+  command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ]
+}
 
-sudo=()
-if [ "$(id -u)" -ne 0 ]; then
-  if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo=(sudo -n); else
-    echo "setup: please install: ${missing[*]} (for example: sudo apt-get install ${missing[*]})" >&2
-    exit 1
-  fi
+case "${1:-}" in
+  '' | --ci) ;;
+  *) echo "usage: scripts/setup.sh [--ci]" >&2; exit 2 ;;
+esac
+
+missing=()
+has_postgres || missing+=(postgresql)
+has redis-server || missing+=(redis-server)
+if [ "${1:-}" = --ci ]; then
+  has pgbouncer || missing+=(pgbouncer)
+  has "${CC:-gcc}" || has clang || missing+=(gcc libc6-dev)
 fi
+if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
+
 if ! command -v apt-get >/dev/null; then
-  echo "setup: please install with this system's package manager: ${missing[*]}" >&2
+  echo "setup: please install, with this system's package manager: ${missing[*]}" >&2
   exit 1
 fi
-
-# The packages must not start servers of their own: a policy for invoke-rc.d, only while they are installed.
-policy=/usr/sbin/policy-rc.d
-placed=
-cleanup() { if [ -n "$placed" ]; then "${sudo[@]}" rm -f "$policy"; fi; }
-trap cleanup EXIT
-if [ ! -e "$policy" ]; then
-  printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
-  placed=1
-  "${sudo[@]}" chmod 755 "$policy"
-fi
-
-echo "setup: installing ${missing[*]}" >&2
-install() {
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/tmp/oneo-setup.log 2>&1
-}
-if ! install; then
-  "${sudo[@]}" apt-get update -qq >>/tmp/oneo-setup.log 2>&1
-  if ! install; then
-    tail -n 20 /tmp/oneo-setup.log >&2
-    echo "setup: could not install ${missing[*]}; please install them by hand" >&2
+sudo=()
+if [ "$(id -u)" -ne 0 ]; then
+  if ! command -v sudo >/dev/null || ! sudo -n true 2>/dev/null; then
+    echo "setup: please install what is missing: sudo apt-get install ${missing[*]}" >&2
     exit 1
   fi
+  sudo=(sudo -n)
+fi
+as_root() {
+  # An empty array is "unbound" to bash before 4.4.
+  ${sudo[@]+"${sudo[@]}"} "$@"
+}
+
+# While the packages are installed, and no longer: no service is started (unless the machine has a policy of its own),
+# and PostgreSQL's does not make a cluster.
+policy=/usr/sbin/policy-rc.d
+cluster=/etc/postgresql-common/createcluster.d/oneo-setup.conf
+log=$(mktemp)
+placed=()
+cleanup() {
+  local file
+  for file in ${placed[@]+"${placed[@]}"}; do as_root rm -f "$file"; done
+  # Only when the installation failed: otherwise it is the package's folder, and holds more than ours.
+  if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
+    as_root rmdir -p --ignore-fail-on-non-empty "$(dirname "$cluster")" 2>/dev/null || true
+  fi
+  rm -f "$log"
+}
+trap cleanup EXIT
+if [ ! -e "$policy" ]; then
+  placed+=("$policy")
+  printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+  as_root chmod 755 "$policy"
+fi
+placed+=("$cluster")
+as_root mkdir -p "$(dirname "$cluster")"
+echo "create_main_cluster = false" | as_root tee "$cluster" >/dev/null
+
+install() {
+  as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
+    apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends "${missing[@]}" >"$log" 2>&1
+}
+echo "setup: installing ${missing[*]}" >&2
+if ! install; then
+  # A fresh machine has no list of packages, or an old one.
+  as_root apt-get update -qq >/dev/null 2>&1 || true
+  if ! install; then
+    tail -n 20 "$log" >&2
+    echo "setup: apt-get could not install what is missing: ${missing[*]}" >&2
+    exit 1
+  fi
+fi
+
+# Nor are they started when the machine starts.
+if command -v systemctl >/dev/null; then
+  for service in redis-server pgbouncer; do
+    case " ${missing[*]} " in
+      *" $service "*) as_root systemctl disable --quiet "$service" >/dev/null 2>&1 || true ;;
+    esac
+  done
 fi
