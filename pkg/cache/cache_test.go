@@ -168,8 +168,15 @@ func TestAFullRedisForgets(t *testing.T) {
 	for i := range 400 {
 		c.Set(t.Context(), key(t, a, "k", fmt.Sprint(i)), make([]byte, 10_000), time.Minute)
 	}
-	_, found := c.Get(t.Context(), key(t, a, "k", "0"))
-	require.False(t, found)
+	// Which are evicted is Redis's choice, by samples: that some are, and that the rest is served, is what counts.
+	held := 0
+	for i := range 400 {
+		if _, found := c.Get(t.Context(), key(t, a, "k", fmt.Sprint(i))); found {
+			held++
+		}
+	}
+	require.Positive(t, held)
+	require.Less(t, held, 400)
 }
 
 func TestMessagesReachTheOthersAndOurselves(t *testing.T) {
