@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,9 @@ type group struct {
 	opts     *Options
 	inFlight atomic.Pointer[inFlight]
 	retired  atomic.Int64
+	// passed are statements that the guard has let through.
+	passed      sync.Map
+	passedCount atomic.Int64
 
 	mu     sync.Mutex
 	shared *pgxpool.Pool
@@ -79,6 +83,8 @@ func (g *group) config(url string, conns int) (*pgxpool.Config, error) {
 	cfg.PingTimeout = g.opts.AcquireTimeout
 	cc := cfg.ConnConfig
 	cc.ConnectTimeout = g.opts.ConnectTimeout
+	// Work that has no bound of its own, a migration, ends when the other side has said nothing for half a minute.
+	cc.DialFunc = (&net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3}}).DialContext
 	if cc.RuntimeParams["application_name"] == "" {
 		cc.RuntimeParams["application_name"] = "oneo"
 	}
@@ -200,9 +206,14 @@ func (g *group) makeSubPools(inst Installation) error {
 			cfg.ConnConfig.User = LoginName(inst.AppRole, k)
 			cfg.ConnConfig.Password = LoginPassword(g.opts.Secret, cfg.ConnConfig.User)
 		}
-		// Statements are prepared by name, or not at all: pgx's own cache would parse them outside the binding.
-		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
-		cfg.ConnConfig.StatementCacheCapacity = 0
+		// Statements are prepared by name, or not at all: pgx's own cache would parse them outside the binding. Its mode
+		// is on all the same, because a batch of names alone then goes without describing each of them again.
+		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheStatement
+		cfg.ConnConfig.StatementCacheCapacity = 1
+		if g.opts.Statements == Unprepared {
+			cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
+			cfg.ConnConfig.StatementCacheCapacity = 0
+		}
 		cfg.ConnConfig.DescriptionCacheCapacity = 0
 		cfg.AfterConnect = g.afterConnect
 		pool, err := pgxpool.NewWithConfig(context.Background(), cfg)
@@ -222,7 +233,7 @@ func (g *group) makeSubPools(inst Installation) error {
 // afterConnect refuses a login whose statements would find tables without a binding, and prepares the binding.
 func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
 	var path string
-	if err := c.QueryRow(ctx, `select current_setting('search_path')`).Scan(&path); err != nil {
+	if err := c.QueryRow(ctx, `select current_setting('search_path')`, pgx.QueryExecModeExec).Scan(&path); err != nil {
 		return err
 	}
 	if path != "" && path != `""` {

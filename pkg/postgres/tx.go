@@ -65,6 +65,7 @@ type Tx struct {
 
 	begun bool             // an explicit transaction is open
 	batch pgx.BatchResults // of a Single sent in one round trip
+	free  func()           // ends the bound of a Single's statement
 	used  bool             // the one statement of a Single has been sent
 	over  bool
 	err   error // what the statement's own reader may have swallowed
@@ -134,6 +135,9 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 			tx.rollback(ctx)
 		}
 		tx.release()
+		if tx.free != nil {
+			tx.free()
+		}
 	}()
 	err := fn()
 	returned, tx.over = true, true
@@ -160,8 +164,10 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 // begin opens an explicit transaction and binds it, in one round trip.
 func (tx *Tx) begin(ctx context.Context) error {
 	return tx.connect(ctx, func(c *pgx.Conn) error {
+		bctx, cancel := context.WithTimeout(ctx, tx.group.opts.AcquireTimeout)
+		defer cancel()
 		if tx.sub == nil {
-			return tx.beginShared(ctx, c)
+			return tx.beginShared(bctx, c)
 		}
 		b := &pgx.Batch{}
 		prepared := tx.group.opts.Statements == Prepared
@@ -174,8 +180,6 @@ func (tx *Tx) begin(ctx context.Context) error {
 			b.Queue(sqlGate, tx.tenant.Number)
 			b.Queue(sqlBind, tx.bindArgs()...)
 		}
-		bctx, cancel := context.WithTimeout(ctx, tx.group.opts.AcquireTimeout)
-		defer cancel()
 		err := c.SendBatch(bctx, b).Close()
 		tx.begun = c.PgConn().TxStatus() != 'I'
 		return err
@@ -350,13 +354,7 @@ func (tx *Tx) check(sql string) error {
 		}
 		tx.used = true
 	}
-	if tx.sub != nil && tx.conn != nil {
-		// Statements known to the connection have passed the guard.
-		if _, known := stateOf(tx.conn).shared[sql]; known {
-			return nil
-		}
-	}
-	return guard(sql)
+	return tx.group.guard(sql)
 }
 
 // Exec runs a statement that returns no rows.
@@ -371,12 +369,28 @@ func (tx *Tx) Exec(ctx context.Context, sql string, args ...any) (pgconn.Command
 
 // Query runs a statement; the rows must be closed. They are never nil, also when there is an error.
 func (tx *Tx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	ctx, free := tx.bounded(ctx)
 	rows, err := tx.query(ctx, sql, args)
 	if err != nil {
 		tx.err = err
+		free()
 		return failedRows{err}, err
 	}
-	return boundRows{rows}, nil
+	if tx.batch != nil {
+		tx.free = free // the batch is read to its end after the rows
+		return boundRows{rows, nil}, nil
+	}
+	return boundRows{rows, free}, nil
+}
+
+// bounded ends a statement to which no answer comes: the server's own timeouts are of no use when the network swallows
+// its words, or the server itself hangs. Callers with an earlier deadline have theirs.
+func (tx *Tx) bounded(ctx context.Context) (context.Context, func()) {
+	deadline := time.Now().Add(tx.group.opts.AcquireTimeout + tx.group.opts.StatementTimeout + time.Second)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		return ctx, func() {}
+	}
+	return context.WithDeadline(ctx, deadline)
 }
 
 // QueryRow runs a statement and reads its first row; pgx.ErrNoRows when there is none.
@@ -529,6 +543,16 @@ func (r failedRows) Conn() *pgx.Conn                              { return nil }
 func (r failedRows) TypeMap() *pgtype.Map                         { return nil }
 
 // boundRows keeps the connection from whoever reads the rows.
-type boundRows struct{ pgx.Rows }
+type boundRows struct {
+	pgx.Rows
+	free func() // nil: the transaction does it
+}
+
+func (r boundRows) Close() {
+	r.Rows.Close()
+	if r.free != nil {
+		r.free()
+	}
+}
 
 func (boundRows) Conn() *pgx.Conn { return nil }
