@@ -46,10 +46,15 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	} else if err := a.Migrate.SharedBehind(ctx); err != nil {
 		return err
 	}
+	owner, err := a.DB.HasOwner(ctx, postgres.MainGroup)
+	if err != nil {
+		return err
+	}
 	so, err := a.serverOptions(o)
 	if err != nil {
 		return err
 	}
+	so.Provisioning = owner
 	s, err := server.New(so)
 	if err != nil {
 		return err
@@ -69,11 +74,15 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		}
 	})
 	running.Go(func() { a.Cache.Listen(beside, a.Resolver.ForgetAll) })
-	running.Go(func() {
-		if err := a.Provision.Work(beside); err != nil {
-			a.Log.Error("operations worker", "error", err)
-		}
-	})
+	if owner {
+		running.Go(func() {
+			if err := a.Provision.Work(beside); err != nil {
+				a.Log.Error("operations worker", "error", err)
+			}
+		})
+	} else {
+		a.Log.Info("this instance cannot provision: database.owner_url is not set")
+	}
 	running.Go(func() { a.enter(beside, s.OpsAddr(), o.Version) })
 	running.Go(func() { a.clearSessions(beside) })
 
@@ -112,7 +121,6 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 		so.Cache, so.Limiter = tenantCache{a.Cache}, limiter{a.Cache}
 	}
 	so.Sessions = auth.SessionOptions{Idle: c.Auth.SessionIdle, Absolute: c.Auth.SessionAbsolute}
-	so.Provisioning = true
 	so.OnEnqueued = a.Provision.Wake
 	so.Checks = []server.Check{
 		{Name: "postgres", Required: true, Run: func(ctx context.Context) error {

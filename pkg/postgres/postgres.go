@@ -272,10 +272,14 @@ func (db *DB) AppRole() string { return db.opts.AppRole }
 // LockTimeout is how long a statement may wait for a lock.
 func (db *DB) LockTimeout() time.Duration { return db.opts.LockTimeout }
 
-// SeparateOwner reports whether the group has an owner connection of its own, or a single URL that serves for all.
-func (db *DB) SeparateOwner(name string) bool {
-	g := db.opts.Groups[name]
-	return g.OwnerURL != "" && g.OwnerURL != g.URL
+// HasOwner reports whether a group's owner connection logs in as somebody who may act as the owner. Without a URL of its
+// own it is the app's, who may not: such an instance serves tenants, and cannot make or change them.
+func (db *DB) HasOwner(ctx context.Context, name string) (bool, error) {
+	var has bool
+	err := db.AsOwner(ctx, name, func(tx *OwnerTx) error {
+		return tx.QueryRow(ctx, `select pg_catalog.pg_has_role(current_user, $1, 'usage')`, db.opts.OwnerRole).Scan(&has)
+	})
+	return has, err
 }
 
 // place names where a connection goes, without a password: host:port/database.

@@ -64,14 +64,15 @@ func (s *Server) login(ctx context.Context, r *Request) (Reply, error) {
 				return err
 			}
 		}
-		// A session that the browser had is not taken over and not left lying about.
+		if token, expires, err = realm.StartSession(ctx, tx, c, options); err != nil {
+			return err
+		}
+		// A session that the browser had is not taken over and not left lying about. It goes after the user is held, in
+		// the order of a password change, so that neither waits for the other in a circle.
 		if old != nil {
 			if err := realm.EndSession(ctx, tx, auth.Identity{TokenHash: old}); err != nil {
 				return err
 			}
-		}
-		if token, expires, err = realm.StartSession(ctx, tx, c, options); err != nil {
-			return err
 		}
 		if user, err = realm.UserByEmail(ctx, tx, email); err != nil {
 			return err

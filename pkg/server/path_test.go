@@ -279,6 +279,7 @@ func TestStopCancelsWhatWillNotEnd(t *testing.T) {
 	_, addr, stop := run(t, o)
 	answered := make(chan string, 1)
 	go func() {
+		defer close(answered) // raw ends the goroutine when there is no answer
 		_, body := raw(t, addr, "POST /api/v1/pipelines/deals/records HTTP/1.1\r\nHost: acme.localhost\r\nAuthorization: Bearer "+token+
 			"\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n"+`{"data":{"title":"x"}}`)
 		answered <- body

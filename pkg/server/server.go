@@ -249,7 +249,7 @@ func listen(addr, setting string) (net.Listener, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(context.Background(), "tcp", addr)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Unavailable, "cannot listen on %s", addr).WithCode("listen").
+		return nil, fault.Wrap(err, fault.Conflict, "cannot listen on %s", addr).WithCode("listen").
 			WithHint("another process may have the port; %s sets another address", setting)
 	}
 	return l, nil
@@ -306,9 +306,13 @@ func (s *Server) Run(ctx context.Context) error {
 	if serr := s.api.Shutdown(grace); serr != nil {
 		s.opts.Logger.WarnContext(ctx, "requests are still at work after the grace period and are cancelled", "grace", s.opts.ShutdownGrace)
 		cancel(errStopping)
-		// Handlers end by their context, which their transactions have too, and may still answer.
-		s.awaitRequests(stopWait)
-		_ = s.api.Close()
+		// Handlers end by their context, which their transactions have too, and may still answer. A connection is done
+		// when its answer has left, which is after its handler has returned.
+		answers, stop := context.WithTimeout(context.WithoutCancel(ctx), stopWait)
+		defer stop()
+		if serr := s.api.Shutdown(answers); serr != nil {
+			_ = s.api.Close()
+		}
 	}
 	s.requests.Wait()
 	_ = s.ops.Close()
@@ -322,16 +326,3 @@ func (s *Server) Run(ctx context.Context) error {
 const stopWait = 5 * time.Second
 
 var errStopping = errors.New("the server is stopping")
-
-// awaitRequests waits for the requests in flight, but not longer than d.
-func (s *Server) awaitRequests(d time.Duration) {
-	done := make(chan struct{})
-	go func() {
-		s.requests.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(d):
-	}
-}
