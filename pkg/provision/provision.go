@@ -15,7 +15,6 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
@@ -385,5 +384,3 @@ func parseRequest(raw json.RawMessage) (request, error) {
 	}
 	return r, nil
 }
-
-func newID() (uuid.UUID, error) { return uuid.NewV7() }

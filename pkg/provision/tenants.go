@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/oneo-crm/oneo/pkg/auth"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
@@ -267,12 +268,11 @@ func firstUser(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest) error
 		return fault.New(fault.Invalid, "these tenant migrations make no table users, so there is no first user to add").
 			WithCode("no_users").WithHint("leave --admin-email out")
 	}
-	id, err := newID()
-	if err != nil {
+	// The script has bound the transaction already; now the connection knows it too and keeps no statement of it.
+	if err := tx.Bind(ctx, r.Schema); err != nil {
 		return err
 	}
-	const insert = `insert into users (id, email, role, password_hash) values ($1, $2, 'admin', $3)`
-	_, err = tx.Exec(ctx, insert, id, r.AdminEmail, r.AdminPasswordHash)
+	_, err := auth.Tenants().AddUser(ctx, tx, auth.NewUser{Email: r.AdminEmail, Role: auth.RoleAdmin, PasswordHash: r.AdminPasswordHash})
 	return err
 }
 

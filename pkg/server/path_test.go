@@ -369,5 +369,5 @@ func TestOptionsAreChecked(t *testing.T) {
 	o.Addr = st.addr
 	taken, err := server.New(o)
 	require.NoError(t, err)
-	require.True(t, fault.Is(taken.Run(t.Context()), fault.Unavailable), "a port that is taken is said so")
+	require.True(t, fault.Is(taken.Run(t.Context()), fault.Conflict), "a port that is taken is said so")
 }
