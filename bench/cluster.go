@@ -117,7 +117,7 @@ func (in *installation) grow(ctx context.Context, n int) error {
 			if err != nil {
 				return err
 			}
-			t, err := p.Create(ctx, provision.CreateRequest{Slug: slug, AdminEmail: "bench@example.com", AdminPasswordHash: "unusable"})
+			t, err := p.Create(ctx, provision.CreateRequest{Slug: slug, AdminEmail: "bench@example.com", AdminPasswordHash: "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHQ$c29tZWhhc2hzb21laGFzaHNvbWVoYXNoc29tZWhhc2g"})
 			if err != nil {
 				return err
 			}

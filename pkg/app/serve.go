@@ -138,6 +138,8 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	so.IdleTimeout, so.RequestTimeout, so.ShutdownGrace = c.Server.IdleTimeout, c.Server.RequestTimeout, c.Server.ShutdownGrace
 	so.LoginPerAccount = server.Rate{Count: c.Auth.LoginsPerMinute, Per: time.Minute}
 	so.LoginPerIP = server.Rate{Count: 6 * c.Auth.LoginsPerMinute, Per: time.Minute}
+	so.RequestsPerIP = server.Rate{Count: c.Server.RequestsPerIP, Per: time.Second}
+	so.RequestsPerTenant = server.Rate{Count: c.Server.RequestsPerTenant, Per: time.Second}
 	so.IdentityTTL, so.LocalTTL = c.Cache.SharedTTL, c.Cache.LocalTTL
 	return so, nil
 }

@@ -93,6 +93,8 @@ type Server struct {
 	ShutdownGrace     time.Duration `mapstructure:"shutdown_grace"`
 	MaxBody           Size          `mapstructure:"max_body"`
 	MaxHeader         Size          `mapstructure:"max_header"`
+	RequestsPerIP     int           `mapstructure:"requests_per_ip"`
+	RequestsPerTenant int           `mapstructure:"requests_per_tenant"`
 }
 
 // Auth says how people log in.
@@ -254,6 +256,8 @@ func (c Config) Validate() error {
 	oneOf("tenancy.isolation", c.Tenancy.Isolation, "role", "schema")
 	between("tenancy.logins", c.Tenancy.Logins, 0, 64)
 	between("tenancy.in_flight", c.Tenancy.InFlight, 0, 10_000)
+	between("server.requests_per_ip", c.Server.RequestsPerIP, 0, 1_000_000)
+	between("server.requests_per_tenant", c.Server.RequestsPerTenant, 0, 1_000_000)
 	positive("tenancy.drop_grace", c.Tenancy.DropGrace)
 	if c.Tenancy.DomainHold < 0 {
 		bad("tenancy.domain_hold", "must not be below 0")
