@@ -216,8 +216,12 @@ func (tx *Tx) beginShared(ctx context.Context, c *pgx.Conn) error {
 // the gate is held, for as long as AcquireTimeout; first must be safe to repeat.
 func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 	deadline := time.Now().Add(tx.group.opts.AcquireTimeout)
+	var before error
 	for attempt := 0; ; attempt++ {
 		err := tx.acquire(ctx, deadline)
+		if err != nil && before != nil && time.Now().After(deadline) {
+			return before // why we are still waiting says more than that the time is over
+		}
 		if err == nil {
 			if err = first(tx.conn.Conn()); err == nil {
 				return nil
@@ -234,6 +238,7 @@ func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 		if !pause(ctx, deadline, attempt) {
 			return err
 		}
+		before = err
 	}
 }
 
