@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
 	"github.com/jackc/pgx/v5/pgxpool"
+	pgxuuid "github.com/vgarvardt/pgx-google-uuid/v5"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
@@ -88,6 +89,7 @@ func (g *group) config(url string, conns int) (*pgxpool.Config, error) {
 	if cc.RuntimeParams["application_name"] == "" {
 		cc.RuntimeParams["application_name"] = "oneo"
 	}
+	cfg.AfterConnect = registerTypes
 	// A cancelled request cancels its statement and keeps its connection.
 	cc.BuildContextWatcherHandler = func(pc *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: pc, CancelRequestDelay: 0, DeadlineDelay: time.Second}
@@ -230,8 +232,17 @@ func (g *group) makeSubPools(inst Installation) error {
 	return nil
 }
 
+// registerTypes makes pgx send and read ids by their bytes; it takes the longer way over their text otherwise.
+func registerTypes(_ context.Context, c *pgx.Conn) error {
+	pgxuuid.Register(c.TypeMap())
+	return nil
+}
+
 // afterConnect refuses a login whose statements would find tables without a binding, and prepares the binding.
 func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
+	if err := registerTypes(ctx, c); err != nil {
+		return err
+	}
 	var path string
 	if err := c.QueryRow(ctx, `select current_setting('search_path')`, pgx.QueryExecModeExec).Scan(&path); err != nil {
 		return err
@@ -241,7 +252,7 @@ func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
 			WithCode("search_path").WithHint("run `oneo init`, which sets it empty")
 	}
 	if g.opts.Statements == Prepared {
-		for name, sql := range map[string]string{nameBegin: sqlBegin, nameGate: sqlGate, nameBind: sqlBind} {
+		for name, sql := range map[string]string{nameBegin: sqlBegin, nameGate: sqlGate, nameBind: g.opts.sqlBind()} {
 			if _, err := c.Prepare(ctx, name, sql); err != nil {
 				return err
 			}

@@ -43,16 +43,23 @@ const (
 	sqlGate = `select case when pg_catalog.pg_try_advisory_xact_lock_shared(7302657, $1::int4) then 0 else ext.refuse('ON001', 'gate') end`
 
 	// Schema and role come from the placement itself, never from the caller: whoever holds an old Tenant is still bound
-	// to the right place, or to none.
-	sqlBind = `select case when p.state = 'active' then 0 else ext.refuse('ON002', coalesce(p.state, 'missing')) end,
-	pg_catalog.set_config('statement_timeout', $2, true),
-	pg_catalog.set_config('lock_timeout', $3, true),
-	pg_catalog.set_config('idle_in_transaction_session_timeout', $4, true),
-	pg_catalog.set_config('transaction_read_only', $5, true),
-	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true),
-	pg_catalog.set_config('role', p.role, true)
-from (values (1)) one left join public.placements p on p.number = $1`
+	// to the right place, or to none. CASE keeps the order: nothing is set before the placement was found active. One
+	// column, because each one is described and sent with every binding. The verbs are statement_timeout, lock_timeout
+	// and idle_in_transaction_session_timeout.
+	formBind = `select coalesce((select case when p.state = 'active' then case when
+	pg_catalog.set_config('statement_timeout', '%s', true) is not null and
+	pg_catalog.set_config('lock_timeout', '%s', true) is not null and
+	pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true) is not null and
+	pg_catalog.set_config('transaction_read_only', $2, true) is not null and
+	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true) is not null and
+	pg_catalog.set_config('role', p.role, true) is not null
+	then 0 end else ext.refuse('ON002', p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
 )
+
+// sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on.
+func (o *Options) sqlBind() string {
+	return fmt.Sprintf(formBind, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
+}
 
 // Tx is a transaction bound to one tenant, or one on the shared tables. It runs plain reading and writing statements
 // and nothing that could outlive it. It is not safe for concurrent use and ends with the function that received it.
@@ -178,7 +185,7 @@ func (tx *Tx) begin(ctx context.Context) error {
 		} else {
 			b.Queue(sqlBegin)
 			b.Queue(sqlGate, tx.tenant.Number)
-			b.Queue(sqlBind, tx.bindArgs()...)
+			b.Queue(tx.group.opts.sqlBind(), tx.bindArgs()...)
 		}
 		err := c.SendBatch(bctx, b).Close()
 		tx.begun = c.PgConn().TxStatus() != 'I'
@@ -187,12 +194,10 @@ func (tx *Tx) begin(ctx context.Context) error {
 }
 
 func (tx *Tx) bindArgs() []any {
-	o := tx.group.opts
-	readOnly := "on"
 	if tx.access == Write {
-		readOnly = "off"
+		return []any{tx.tenant.Number, "off"}
 	}
-	return []any{tx.tenant.Number, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout), readOnly}
+	return []any{tx.tenant.Number, "on"}
 }
 
 func ms(d time.Duration) string { return strconv.FormatInt(max(1, d.Milliseconds()), 10) }
