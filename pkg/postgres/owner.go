@@ -58,6 +58,28 @@ func (db *DB) AsOwner(ctx context.Context, groupName string, fn func(*OwnerTx) e
 	return tx.end(ctx, func() error { return fn(&OwnerTx{group: g, conn: conn}) })
 }
 
+const (
+	// ownerBinds is after how many tenants' work a connection of the owner is replaced. PostgreSQL looks through a
+	// backend's lists of role members one by one and never forgets a table: with 4,000 tenants behind it, a backend
+	// takes four times as long to create one more, and 2 GB (docs/benchmarks.md).
+	ownerBinds    = 400
+	ownerBindsKey = "oneo_owner_binds"
+)
+
+// countBind notes that the connection works for one more tenant.
+func (tx *OwnerTx) countBind() {
+	tx.bound = true
+	data := tx.conn.Conn().PgConn().CustomData()
+	n, _ := data[ownerBindsKey].(int)
+	data[ownerBindsKey] = n + 1
+}
+
+// ownerWorn reports whether a connection of the owner has worked for so many tenants that a new one is cheaper.
+func ownerWorn(c *pgxpool.Conn) bool {
+	n, _ := c.Conn().PgConn().CustomData()[ownerBindsKey].(int)
+	return n >= ownerBinds
+}
+
 // AsOwnerIn is AsOwner with the search path bound to the tenant. It checks that the tenant's schema stands there, and
 // takes the tenant's gate as a request would, so that it never writes into a schema that is being renamed away. It
 // does not mind whether the tenant is suspended.
@@ -110,7 +132,7 @@ func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
 	if s.IsZero() {
 		return fault.New(fault.Internal, "work was to be bound to no schema").WithCode("no_tenant")
 	}
-	tx.bound = true
+	tx.countBind()
 	return tx.Script(ctx, "set local search_path to "+Quote(s.String())+", ext, pg_temp")
 }
 
@@ -125,7 +147,7 @@ from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema 
 	if tag.RowsAffected() != 1 {
 		return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
 	}
-	tx.bound = true
+	tx.countBind()
 	return nil
 }
 

@@ -148,3 +148,23 @@ func TestRetirement(t *testing.T) {
 	first := value[int](t, small.DB, a, postgres.Single, `select pg_backend_pid()`)
 	require.NotEqual(t, first, value[int](t, small.DB, a, postgres.Single, `select pg_backend_pid()`), "a backend beyond its memory is replaced")
 }
+
+// The owner's backends see every tenant in a run over the fleet; none may keep them all.
+func TestOwnerConnectionsAreReplaced(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t, func(o *postgres.Options) { o.OwnerConns = 1 })
+	a := env.Tenant(t, "acme")
+	backends := map[int]int{}
+	for range 900 {
+		require.NoError(t, env.DB.AsOwnerIn(t.Context(), a, func(tx *postgres.OwnerTx) error {
+			var pid int
+			err := tx.QueryRow(t.Context(), `select pg_backend_pid()`).Scan(&pid)
+			backends[pid]++
+			return err
+		}))
+	}
+	require.Len(t, backends, 3)
+	for pid, n := range backends {
+		require.LessOrEqual(t, n, 400, "backend %d", pid)
+	}
+}

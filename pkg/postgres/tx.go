@@ -279,6 +279,9 @@ func (tx *Tx) release() {
 	}
 	tx.conn = nil
 	if tx.sub == nil {
+		if ownerWorn(c) {
+			closeConn(c)
+		}
 		c.Release()
 		return
 	}
