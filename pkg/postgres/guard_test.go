@@ -140,7 +140,7 @@ func TestNothingSurvivesTheBorrower(t *testing.T) {
 		// These outlive the transaction. The next binding sets path, role and limits anew.
 		"session path": `perform pg_catalog.set_config('search_path', 'globex', false)`,
 		"session role": `perform pg_catalog.set_config('role', 'none', false)`,
-		"session time": `perform pg_catalog.set_config('statement_timeout', '1', false)`,
+		"session time": `perform pg_catalog.set_config('statement_timeout', '7000', false)`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -161,8 +161,27 @@ func TestNothingSurvivesTheBorrower(t *testing.T) {
 				}
 			}
 			require.Equal(t, pid, value[int](t, env.DB, c, postgres.Single, `select pg_backend_pid()`), "it must have been one connection all the time")
-			require.Equal(t, 0, value[int](t, env.DB, c, postgres.Read, `select count(*) from pg_locks where locktype = 'advisory' and classid = 5`))
+			require.Equal(t, 0, value[int](t, env.DB, c, postgres.Read, `select count(*) from pg_locks where locktype = 'advisory' and classid = 5 and pid = pg_backend_pid()`))
 		})
+	}
+}
+
+// A session's timeout that an earlier borrower left so short that it ends the next binding, which would replace it,
+// costs the connection and not the request.
+func TestTimeoutLeftBehindEndsNoBinding(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t, oneConn)
+	a := env.Tenant(t, "acme")
+	admin(t, env, `create function ext.nasty() returns int language plpgsql as $$
+begin perform pg_catalog.set_config('statement_timeout', '1', false); return 1; end $$`)
+	// Makes every binding slower than the timeout.
+	admin(t, env, `create function ext.slow() returns boolean language plpgsql as $$ begin perform pg_catalog.pg_sleep(0.02); return true; end $$;
+grant execute on function ext.slow() to public; alter table public.placements enable row level security;
+create policy slow on public.placements for select to public using (ext.slow())`)
+	for _, access := range []postgres.Access{postgres.Single, postgres.Single, postgres.Write, postgres.Read} {
+		pid := value[int](t, env.DB, a, access, `select pg_backend_pid()`)
+		require.NoError(t, try(t.Context(), env.DB, a, postgres.Write, `select ext.nasty()`))
+		require.NotEqual(t, pid, value[int](t, env.DB, a, access, `select pg_backend_pid()`), "the binding was to be cut short, and tried on another connection")
 	}
 }
 

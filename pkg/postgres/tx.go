@@ -176,21 +176,42 @@ func (tx *Tx) begin(ctx context.Context) error {
 		if tx.sub == nil {
 			return tx.beginShared(bctx, c)
 		}
-		b := &pgx.Batch{}
-		prepared := tx.group.opts.Statements == Prepared
-		if prepared {
-			b.Queue(nameBegin)
-			b.Queue(nameGate, tx.tenant.Number)
-			b.Queue(nameBind, tx.bindArgs()...)
-		} else {
-			b.Queue(sqlBegin)
-			b.Queue(sqlGate, tx.tenant.Number)
-			b.Queue(tx.group.opts.sqlBind(), tx.bindArgs()...)
-		}
-		err := c.SendBatch(bctx, b).Close()
-		tx.begun = c.PgConn().TxStatus() != 'I'
-		return err
+		return tx.bind(bctx, c)
 	})
+}
+
+// bind opens and binds the transaction on a connection that is ours.
+func (tx *Tx) bind(ctx context.Context, c *pgx.Conn) error {
+	begin, gate, bind := nameBegin, nameGate, nameBind
+	if tx.group.opts.Statements == Unprepared {
+		begin, gate, bind = sqlBegin, sqlGate, tx.group.opts.sqlBind()
+	}
+	b := &pgx.Batch{}
+	b.Queue(begin)
+	b.Queue(gate, tx.tenant.Number)
+	b.Queue(bind, tx.bindArgs()...)
+	err := c.SendBatch(ctx, b).Close()
+	tx.begun = c.PgConn().TxStatus() != 'I'
+	return unbound(err)
+}
+
+// bindingError says that it was the binding that failed, before any statement of the caller's.
+type bindingError struct{ error }
+
+func (e bindingError) Unwrap() error { return e.error }
+
+func unbound(err error) error {
+	if err == nil {
+		return nil
+	}
+	return bindingError{err}
+}
+
+// cutShort reports whether the binding was cancelled though nobody gave it up: an earlier borrower left a timeout of
+// the session's, which the binding only replaces when it runs, or a request to cancel came too late for its statement.
+func cutShort(ctx context.Context, err error) bool {
+	var binding bindingError
+	return ctx.Err() == nil && SQLState(err) == "57014" && errors.As(err, &binding)
 }
 
 func (tx *Tx) bindArgs() []any {
@@ -214,11 +235,11 @@ func (tx *Tx) beginShared(ctx context.Context, c *pgx.Conn) error {
 		mode, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
 	err := c.PgConn().Exec(ctx, sql).Close()
 	tx.begun = c.PgConn().TxStatus() != 'I'
-	return err
+	return unbound(err)
 }
 
 // connect gets a connection and runs first on it. It starts over with another connection while the server is lost or
-// the gate is held, for as long as AcquireTimeout; first must be safe to repeat.
+// the gate is held, or when the binding was cut short, for as long as AcquireTimeout; first must be safe to repeat.
 func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 	deadline := time.Now().Add(tx.group.opts.AcquireTimeout)
 	var before error
@@ -231,10 +252,9 @@ func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 			if err = first(tx.conn.Conn()); err == nil {
 				return nil
 			}
-			tx.rollback(ctx)
-			tx.release()
+			tx.giveUp(ctx, err)
 		}
-		if again := mayPass(err) || SQLState(err) == stateGateHeld; !again || ctx.Err() != nil {
+		if !bindAgain(ctx, err) {
 			return err
 		}
 		if attempt == 0 && connectionLost(err) {
@@ -245,6 +265,20 @@ func (tx *Tx) connect(ctx context.Context, first func(*pgx.Conn) error) error {
 		}
 		before = err
 	}
+}
+
+// giveUp gives back a connection on which the binding failed, or closes it when the connection itself is to blame.
+func (tx *Tx) giveUp(ctx context.Context, err error) {
+	tx.rollback(ctx)
+	if cutShort(ctx, err) {
+		closeConn(tx.conn)
+	}
+	tx.release()
+}
+
+// bindAgain reports whether another try, on another connection or in a moment, may succeed.
+func bindAgain(ctx context.Context, err error) bool {
+	return ctx.Err() == nil && (mayPass(err) || SQLState(err) == stateGateHeld || cutShort(ctx, err))
 }
 
 func (tx *Tx) acquire(ctx context.Context, deadline time.Time) (err error) {
@@ -470,7 +504,7 @@ func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, err
 		for range 2 {
 			if _, err := br.Exec(); err != nil {
 				_ = br.Close() // says the same
-				return err
+				return unbound(err)
 			}
 		}
 		tx.batch = br
@@ -496,16 +530,9 @@ func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, err
 		return rows, err
 	}
 	// The connection is ours and nothing has been sent on it.
-	b := &pgx.Batch{}
-	b.Queue(nameBegin)
-	b.Queue(nameGate, tx.tenant.Number)
-	b.Queue(nameBind, tx.bindArgs()...)
-	err = tx.conn.Conn().SendBatch(ctx, b).Close()
-	tx.begun = tx.conn.Conn().PgConn().TxStatus() != 'I'
-	if err != nil {
-		tx.rollback(ctx)
-		tx.release()
-		if !connectionLost(err) && SQLState(err) != stateGateHeld {
+	if err := tx.bind(ctx, tx.conn.Conn()); err != nil {
+		tx.giveUp(ctx, err)
+		if !bindAgain(ctx, err) {
 			return nil, err
 		}
 		if err := tx.begin(ctx); err != nil {
