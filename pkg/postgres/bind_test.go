@@ -228,9 +228,12 @@ func TestLoginsMayNothing(t *testing.T) {
 			`update public.placements set state = 'active'`:                  "42501",
 			`delete from public.installation`:                                "42501",
 			`insert into public.ledger (set, tenant, version, name, checksum) values ('tenant', 1, 9, 'x', '')`: "42501",
-			`copy (select 1) to program 'true'`:  "42501",
-			`select pg_read_file('/etc/passwd')`: "42501",
-			`set role oneo_owner`:                "42501",
+			`copy (select 1) to program 'true'`:                           "42501",
+			`select pg_read_file('/etc/passwd')`:                          "42501",
+			`update pg_settings set setting = 'none' where name = 'role'`: "42501",
+			`select lo_create(0)`:                                         "42501",
+			`select lo_from_bytea(0, '')`:                                 "42501",
+			`set role oneo_owner`:                                         "42501",
 		} {
 			_, err := c.Exec(t.Context(), sql, pgx.QueryExecModeSimpleProtocol)
 			requireState(t, err, state, role+": "+sql)

@@ -16,7 +16,11 @@ var allowed = []string{"select", "insert", "update", "delete", "with", "values",
 
 // lasting finds calls that change a session or a lock that outlives the transaction, whatever statement they hide in,
 // and the ways to write a name so that it is not seen.
-var lasting = regexp.MustCompile(`(?i)\b(set_config|pg_(try_)?advisory_(lock|unlock)\w*|pg_notify|dblink\w*)\s*(\(|/\*|--)|"(set_config|pg_[a-z_]*)"|\bu&"`)
+var lasting = regexp.MustCompile(`(?i)\b(set_config|pg_(try_)?advisory_(lock|unlock)\w*|pg_notify|dblink\w*)[\s\v]*(\(|/\*|--)|"(set_config|pg_[a-z_]*)"|\bu&"`)
+
+// disguised finds what runs a statement that the guard does not see: an update of the view pg_settings calls
+// set_config, the functions take SQL as text. Large objects belong to who makes them, and a tenant's role owns nothing.
+var disguised = regexp.MustCompile(`(?i)\b(pg_settings|pg_file_settings|(query|cursor|table|schema|database)_to_xml\w*|ts_stat|ts_rewrite|lo_[a-z]+|lowrite|loread)\b`)
 
 // explained finds what EXPLAIN may run besides plain statements.
 var explained = regexp.MustCompile(`(?i)\b(execute|declare|create|refresh)\b`)
@@ -48,7 +52,11 @@ func guard(sql string) error {
 	if m := explained.FindString(sql); word == "explain" && m != "" {
 		return fault.New(fault.Internal, "explain %s is not allowed in a bound transaction", m).WithCode("statement_refused")
 	}
-	if m := lasting.FindString(sql); m != "" {
+	m := lasting.FindString(sql)
+	if m == "" {
+		m = disguised.FindString(sql)
+	}
+	if m != "" {
 		return fault.New(fault.Internal, "%q is not allowed in a bound transaction", strings.TrimSpace(m)).WithCode("statement_refused")
 	}
 	return nil

@@ -32,6 +32,11 @@ var refused = []string{
 	`explain analyze execute oneo_bind(1, '1', '1', '1', 'on')`, `explain execute oneo_gate(1)`, `explain (analyze) execute s1`,
 	`explain analyze create table x as select 1`, `explain declare c cursor with hold for select 1`,
 	`select pg_catalog.lo_import('/etc/passwd')`, `select 1 into temp x`,
+	`update pg_settings set setting = 'none' where name = 'role'`, `with x as (update pg_catalog.pg_settings set setting = 'ISO, DMY' where name = 'DateStyle' returning 1) select 1`,
+	`UPDATE Pg_Settings SET setting = 'UTC' WHERE name = 'TimeZone'`, "select set_config\v('role', 'x', true)",
+	`select query_to_xml('select set_con' || 'fig(''role'', ''none'', true)', true, true, '')`, `select query_to_xml_and_xmlschema('select 1', true, true, '')`,
+	`select cursor_to_xml('c', 1, true, true, '')`, `select table_to_xml('users', true, true, '')`, `select * from ts_stat('select pg_catalog.set_con' || 'fig(''role'', ''none'', true)')`,
+	`select ts_rewrite('a'::tsquery, 'select 1')`, `select lo_create(0)`, `select lo_from_bytea(0, '')`,
 }
 
 func TestGuardRefuses(t *testing.T) {
@@ -110,8 +115,8 @@ func clean(t *testing.T, env *pgtest.Env) {
 	const leftovers = `select concat_ws('|', (select count(*) from pg_listening_channels()), (select count(*) from pg_cursors where name <> ''),
 (select count(*) from pg_prepared_statements where name !~ '^(oneo_|s|t)[a-z0-9]*$'), (select count(*) from pg_class where relpersistence = 't'),
 (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid() and classid <> 7302657),
-current_setting('oneo.left', true), current_setting('work_mem'), session_user = any (array['oneo_app_1', 'oneo_app_2']))`
-	const want = `0|0|0|0|0|4MB|t`
+current_setting('oneo.left', true), current_setting('work_mem'), current_setting('DateStyle'), session_user = any (array['oneo_app_1', 'oneo_app_2']))`
+	const want = `0|0|0|0|0|4MB|ISO, MDY|t`
 	var got string
 	ctx := t.Context()
 	for i := range 2 {

@@ -1,6 +1,7 @@
 package postgres_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -206,8 +207,15 @@ type proxy struct {
 	addr string
 	mu   sync.Mutex
 	hole bool
+	word string // a connection on which it is sent goes dark
 	open []net.Conn
 }
+
+// swallow makes each connection that sends the word go dark for good.
+func (p *proxy) swallow(word string) { p.mu.Lock(); p.word = word; p.mu.Unlock() }
+
+// forward ends that for the connections to come.
+func (p *proxy) forward() { p.swallow("") }
 
 func newProxy(t *testing.T, to string) *proxy {
 	t.Helper()
@@ -245,10 +253,12 @@ func newProxy(t *testing.T, to string) *proxy {
 
 func (p *proxy) copy(to, from net.Conn) {
 	buf := make([]byte, 32<<10)
+	dark := false
 	for {
 		n, err := from.Read(buf)
 		p.mu.Lock()
-		hole := p.hole
+		dark = dark || p.word != "" && bytes.Contains(buf[:n], []byte(p.word))
+		hole := p.hole || dark
 		p.mu.Unlock()
 		if hole {
 			if err != nil {
@@ -380,4 +390,24 @@ func TestScram(t *testing.T) {
 	c := pgtest.Admin(t, o.pg.URL("oneo"))
 	require.NoError(t, c.QueryRow(t.Context(), `select rolpassword from pg_authid where rolname = 'oneo_app_1'`).Scan(&stored))
 	require.Regexp(t, `^SCRAM-SHA-256\$4096:`, stored)
+}
+
+// The pool makes connections behind whoever waits for them, with no deadline of theirs: one whose server falls silent
+// after the login gives its place free again.
+func TestSilenceAfterTheLogin(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	silent := newProxy(t, fmt.Sprintf("127.0.0.1:%d", env.Server.Port()))
+	db, _, _ := env.Open(t, oneConn, func(o *postgres.Options) {
+		o.AcquireTimeout, o.ConnectTimeout = 300*time.Millisecond, 300*time.Millisecond
+		o.Groups = map[string]postgres.Group{"main": {URL: through(t, env.Group.URL, silent.addr), OwnerURL: env.Group.OwnerURL}}
+	})
+	a := env.Tenant(t, "acme")
+	_, err := db.Installation(t.Context(), postgres.MainGroup) // over the shared pool; the tenant's is made below
+	require.NoError(t, err)
+	silent.swallow("search_path")
+	err = try(t.Context(), db, a, postgres.Write, `select 1`)
+	require.Truef(t, fault.Is(err, fault.Unavailable), "nobody answers: %v", err)
+	silent.forward() // new connections: the silent one stays as it is
+	until(t, "the only place for a connection is free again", func() bool { return try(t.Context(), db, a, postgres.Write, `select 1`) == nil })
 }

@@ -240,6 +240,10 @@ func registerTypes(_ context.Context, c *pgx.Conn) error {
 
 // afterConnect refuses a login whose statements would find tables without a binding, and prepares the binding.
 func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
+	// The pool makes connections behind whoever waits for them, with no deadline of theirs: a server that falls silent
+	// here would keep the place of this connection for good.
+	ctx, cancel := context.WithTimeout(ctx, g.opts.ConnectTimeout)
+	defer cancel()
 	if err := registerTypes(ctx, c); err != nil {
 		return err
 	}

@@ -131,6 +131,9 @@ var sessionLocks = []string{
 	"pg_try_advisory_lock_shared(bigint)", "pg_try_advisory_lock_shared(integer, integer)",
 }
 
+// largeObjects are the functions that make an object which its maker owns: a tenant's role could not be dropped then.
+var largeObjects = []string{"lo_creat(integer)", "lo_create(oid)", "lo_from_bytea(oid, bytea)"}
+
 var installationID = regexp.MustCompile(`^[0-9a-f]{8}$`)
 
 func (s *setup) run(ctx context.Context, conn *pgx.Conn) (inst Installation, err error) {
@@ -233,7 +236,10 @@ func (s *setup) roles(ctx context.Context, tx pgx.Tx, inst Installation, exec fu
 	if err := ensure(s.o.OwnerRole, "createrole nocreatedb"); err != nil {
 		return err
 	}
-	const plain = "noinherit nocreaterole nocreatedb"
+	plain := "noinherit nocreaterole nocreatedb"
+	if s.super { // only a superuser may take these away from a role that somebody made before
+		plain += " nobypassrls noreplication"
+	}
 	if err := ensure(s.o.AppRole, plain); err != nil {
 		return err
 	}
@@ -280,6 +286,11 @@ func (s *setup) rights(inst Installation) []string {
 		for _, f := range sessionLocks {
 			sql = append(sql, "revoke execute on function pg_catalog."+f+" from public",
 				"grant execute on function pg_catalog."+f+" to "+owner)
+		}
+		// Its rule calls set_config for whoever may update the view.
+		sql = append(sql, "revoke update on pg_catalog.pg_settings from public")
+		for _, f := range largeObjects {
+			sql = append(sql, "revoke execute on function pg_catalog."+f+" from public")
 		}
 	} else {
 		s.o.Logf("not a superuser: session advisory locks stay open to the app role (its statements are guarded all the same)")
