@@ -330,7 +330,7 @@ func (f Field) check(u *unfit, l *links, pointer string, value any) {
 		}
 	case Number:
 		n, ok := value.(json.Number)
-		if !ok || len(n) > maxNumberChars || hugeExponent(string(n)) {
+		if !ok || !fitsNumber(n) {
 			u.add(pointer, "number", "must be a number of at most %d characters and an exponent below 1000", maxNumberChars)
 		}
 	case Boolean:
@@ -353,14 +353,6 @@ func (f Field) check(u *unfit, l *links, pointer string, value any) {
 		}
 		*l = append(*l, link{f.Key, f.Options.Pipeline, id, pointer})
 	}
-}
-
-const maxNumberChars = 100
-
-// hugeExponent refuses numbers that are short to write and enormous as numeric.
-func hugeExponent(n string) bool {
-	i := strings.IndexAny(n, "eE")
-	return i >= 0 && len(strings.TrimLeft(n[i+1:], "+-0")) > 3
 }
 
 // link is a value that points at a record.

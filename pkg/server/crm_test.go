@@ -160,6 +160,7 @@ func TestPipelines(t *testing.T) {
 		{name: "key is taken", method: "POST", path: p, token: admin, body: `{"key":"deals"}`, status: 409},
 		{name: "bad key", method: "POST", path: p, token: admin, body: `{"key":"Deals"}`, status: 422, has: []string{`"/key"`}},
 		{name: "unknown within", method: "POST", path: p, token: admin, body: `{"key":"y","fields":[{"key":"a","typ":"text"}]}`, status: 400, has: []string{`"/fields/0/typ"`}},
+		{name: "huge number", method: "POST", path: p, token: admin, body: `{"key":"y","metadata":{"n":1e131000}}`, status: 422, has: []string{`"/metadata/n"`}},
 		{name: "bad type", method: "POST", path: p, token: admin, body: `{"key":"y","fields":[{"key":"a","type":"money"}]}`, status: 422},
 		{name: "no version", method: "PATCH", path: p + "/deals", token: admin, body: `{"name":"x"}`, status: 428},
 		{name: "null", method: "PATCH", path: p + "/deals", token: admin, header: ifMatch(`"1"`), body: `{"name":null}`, status: 422, has: []string{`"/name"`}},
@@ -258,5 +259,6 @@ func TestSettings(t *testing.T) {
 	st.do(t, scenario{name: "merge", method: "PATCH", path: p, token: admin, body: `{"public":{"color":null,"logo":"x"}}`, status: 200, has: []string{"logo", "smtp"}, hasNot: []string{"red"}})
 	st.doAt(t, other, scenario{name: "seen everywhere at once", path: p, status: 200, has: []string{"logo"}, hasNot: []string{"red"}})
 	st.do(t, scenario{name: "no object", method: "PATCH", path: p, token: admin, body: `[1]`, status: 422})
+	st.do(t, scenario{name: "huge number", method: "PATCH", path: p, token: admin, body: `{"public":[1e131000,1e131000]}`, status: 422, has: []string{`"/public/0"`}})
 	st.do(t, scenario{name: "too large", method: "PATCH", path: p, token: admin, body: `{"x":"` + strings.Repeat("y", 70<<10) + `"}`, status: 413})
 }

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/oneo-crm/oneo/pkg/crm"
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
@@ -89,7 +90,8 @@ func checkContentType(h http.Header, w http.ResponseWriter, kind bodyKind) error
 }
 
 // checkJSON refuses what encoding/json lets pass in silence and what PostgreSQL could not hold: a name given twice,
-// text behind the value, invalid UTF-8, NUL characters and lone surrogates, and values nested beyond maxDepth.
+// text behind the value, invalid UTF-8, NUL characters and lone surrogates, values nested beyond maxDepth, and numbers
+// that are short to write and enormous to read.
 func checkJSON(body []byte) error {
 	if !utf8.Valid(body) {
 		return malformed("it is not valid UTF-8")
@@ -115,8 +117,9 @@ func malformed(why string) error {
 
 // jsonCheck walks through one value.
 type jsonCheck struct {
-	d     *json.Decoder
-	depth int
+	d       *json.Decoder
+	depth   int
+	numbers crm.Numbers
 }
 
 func (c *jsonCheck) next() (json.Token, error) {
@@ -140,6 +143,10 @@ func (c *jsonCheck) value(pointer string) error {
 	case string:
 		if strings.ContainsRune(t, 0) {
 			return badField(pointer, "nul", "text may not hold a NUL character")
+		}
+	case json.Number:
+		if why := c.numbers.Refuse(t); why != "" {
+			return badField(pointer, "number", why)
 		}
 	case json.Delim:
 		if c.depth++; c.depth > maxDepth {

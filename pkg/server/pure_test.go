@@ -123,6 +123,11 @@ func TestCheckJSON(t *testing.T) {
 		{"high then other", `{"a":"\ud800\u0041"}`, "malformed_json", ""},
 		{"NUL", `{"a":{"b":"x\u0000y"}}`, "value", "/a/b"},
 		{"NUL name", `{"a\u0000":1}`, "value", ""},
+		{"numbers", `{"a":[1,-2.50,1e999,1E-9]}`, "", ""},
+		{"huge exponent", `{"public":[1,1e131000]}`, "value", "/public/1"},
+		{"huge negative exponent", `{"metadata":{"a":1e-131000}}`, "value", "/metadata/a"},
+		{"long number", `[` + strings.Repeat("9", 101) + `]`, "value", "/0"},
+		{"exponents together", `[` + strings.Repeat("1e999,", 66) + `1]`, "value", "/65"},
 		{"deep", strings.Repeat("[", maxDepth+1) + strings.Repeat("]", maxDepth+1), "malformed_json", ""},
 		{"deep enough", strings.Repeat("[", maxDepth) + strings.Repeat("]", maxDepth), "", ""},
 	} {
