@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -35,6 +36,7 @@ type bench struct {
 	pg       *devstack.Postgres
 	redis    *devstack.Redis
 	duration time.Duration
+	ways     *regexp.Regexp // of the ways to read
 	out      io.Writer
 }
 

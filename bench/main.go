@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,7 @@ func main() {
 	only := flag.String("only", "create,read,pending", "what to measure, separated by commas")
 	many := flag.Int("tenants", 5000, "the large number of tenants")
 	few := flag.Int("few", 120, "the small number of tenants")
+	ways := flag.String("ways", "", "a regular expression: of the ways to read, only those are measured whose names it matches, beside the floor")
 	duration := flag.Duration("duration", 10*time.Second, "how long each contender is measured")
 	mode := flag.String("floor", "", "internal: run as the floor or the naive server")
 	url := flag.String("floor-url", "", "internal")
@@ -34,7 +36,7 @@ func main() {
 		err = serveFloor(*mode, *url, *addr, *schema)
 	} else {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-		err = run(ctx, strings.Split(*only, ","), *few, *many, *duration)
+		err = run(ctx, strings.Split(*only, ","), *ways, *few, *many, *duration)
 		stop()
 	}
 	if err != nil {
@@ -43,7 +45,11 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, only []string, few, many int, d time.Duration) error {
+func run(ctx context.Context, only []string, ways string, few, many int, d time.Duration) error {
+	matching, err := regexp.Compile(ways)
+	if err != nil {
+		return fmt.Errorf("-ways: %w", err)
+	}
 	dir, err := os.MkdirTemp("", "oneo-bench-")
 	if err != nil {
 		return err
@@ -52,7 +58,7 @@ func run(ctx context.Context, only []string, few, many int, d time.Duration) err
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
-	b := &bench{dir: dir, binary: filepath.Join(dir, "oneo"), duration: d, out: os.Stdout}
+	b := &bench{dir: dir, binary: filepath.Join(dir, "oneo"), duration: d, ways: matching, out: os.Stdout}
 	build := exec.CommandContext(ctx, "go", "build", "-tags", "nomsgpack", "-trimpath", "-o", b.binary, "./cmd/oneo")
 	build.Dir = ".."
 	if text, err := build.CombinedOutput(); err != nil {

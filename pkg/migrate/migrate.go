@@ -236,11 +236,15 @@ func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, numb
 	if err := failpoint.Hit("migrate.applied"); err != nil {
 		return err
 	}
-	return Record(ctx, tx, set, number, []File{f}, time.Since(start))
+	if err := Record(ctx, tx, set, number, []File{f}, time.Since(start)); err != nil || set != TenantSet {
+		return err
+	}
+	const move = `update public.placements set version = $2, updated_at = now() where number = $1`
+	_, err := tx.Exec(ctx, move, number, f.Version)
+	return err
 }
 
-// Record writes the ledger rows of files that have been applied in the same transaction, and moves the tenant's
-// placement to their version.
+// Record writes the ledger rows of files that have been applied in the same transaction.
 func Record(ctx context.Context, q postgres.Querier, set Set, number int32, files []File, took time.Duration) error {
 	const insert = `insert into public.ledger (set, tenant, version, name, checksum, duration_ms)
 select $1, $2, v, n, c, $6 from unnest($3::int4[], $4::text[], $5::bytea[]) as f (v, n, c)`
@@ -248,14 +252,7 @@ select $1, $2, v, n, c, $6 from unnest($3::int4[], $4::text[], $5::bytea[]) as f
 	for i, f := range files {
 		versions[i], names[i], sums[i] = int32(f.Version), f.Name, f.Checksum[:]
 	}
-	if _, err := q.Exec(ctx, insert, string(set), number, versions, names, sums, int32(took.Milliseconds())); err != nil {
-		return err
-	}
-	if set != TenantSet || len(files) == 0 {
-		return nil
-	}
-	const move = `update public.placements set version = $2, updated_at = now() where number = $1`
-	_, err := q.Exec(ctx, move, number, files[len(files)-1].Version)
+	_, err := q.Exec(ctx, insert, string(set), number, versions, names, sums, int32(took.Milliseconds()))
 	return err
 }
 

@@ -109,11 +109,13 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		return err
 	}
 	begin := func(tx *postgres.OwnerTx) error {
-		if err := unchanged(ctx, tx, c); err != nil {
-			return err
-		}
-		if err := collect(tx); err != nil {
-			return err
+		if c.kind != KindCreate { // what is not there yet has not changed, and has no domains
+			if err := unchanged(ctx, tx, c); err != nil {
+				return err
+			}
+			if err := collect(tx); err != nil {
+				return err
+			}
 		}
 		if c.begin != nil {
 			if err := c.begin(ctx, tx); err != nil {
@@ -160,7 +162,7 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 				if err := p.exclude(ctx, tx, c, op); err != nil {
 					return err
 				}
-				for _, step := range []func(*postgres.OwnerTx) error{begin, schema, unbound(ctx), finish} {
+				for _, step := range []func(*postgres.OwnerTx) error{begin, schema, finish} {
 					if err := step(tx); err != nil {
 						return err
 					}
@@ -185,9 +187,6 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 // unchanged refuses a change of a tenant that another one has changed since it was read, and keeps the tenant's row
 // until the transaction ends. Without it a purge would take away what an undrop has just brought back.
 func unchanged(ctx context.Context, tx *postgres.OwnerTx, c change) error {
-	if c.kind == KindCreate {
-		return nil
-	}
 	var slug, schema, state string
 	const lock = `select slug, schema, state from public.tenants where number = $1 for update`
 	if err := tx.QueryRow(ctx, lock, c.tenant.Number).Scan(&slug, &schema, &state); err != nil {
@@ -200,13 +199,14 @@ func unchanged(ctx context.Context, tx *postgres.OwnerTx, c change) error {
 	return nil
 }
 
-// unbound empties the search path that a step may have set: what follows is on the shared tables.
-func unbound(ctx context.Context) func(*postgres.OwnerTx) error {
-	return func(tx *postgres.OwnerTx) error { return tx.Script(ctx, "set local search_path to ''") }
-}
+// emptyPath takes back the search path that a script has set: what follows it is on the shared tables.
+const emptyPath = "set local search_path to '';\n"
 
 // exclude refuses a change while another process's operation on the tenant is unfinished.
 func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c change, op *registry.Operation) error {
+	if op == nil && c.kind == KindCreate { // nobody else knows the number yet
+		return nil
+	}
 	open, found, err := registry.Open(ctx, tx, c.tenant.Number)
 	if err != nil || !found || op != nil && open.ID == op.ID {
 		return err

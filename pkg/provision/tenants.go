@@ -74,17 +74,7 @@ func (p *Provisioner) Create(ctx context.Context, r CreateRequest) (tenant.Tenan
 	if err := p.checkCreate(&r); err != nil {
 		return tenant.Tenant{}, err
 	}
-	// A create that was killed between two databases is finished by asking for the same again.
-	if t, err := p.find(ctx, r.Slug); err == nil {
-		if t.State == tenant.Creating {
-			return t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(r.Slug.String())
-		}
-		return t, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
-			WithTenant(r.Slug.String()).WithHint("oneo tenant show %s", r.Slug)
-	} else if !fault.Is(err, fault.NotFound) {
-		return tenant.Tenant{}, err
-	}
-	number, err := p.nextNumber(ctx)
+	number, err := p.reserve(ctx, r.Slug)
 	if err != nil {
 		return tenant.Tenant{}, err
 	}
@@ -136,11 +126,30 @@ func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	return nil
 }
 
-func (p *Provisioner) nextNumber(ctx context.Context) (number int32, err error) {
-	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		return tx.QueryRow(ctx, `select nextval('public.tenant_numbers')`).Scan(&number)
-	})
-	return number, err
+// reserve takes a number for a tenant whose name nobody has.
+func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug) (number int32, err error) {
+	for {
+		var taken bool
+		err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+			number, taken, err = registry.Reserve(ctx, tx, slug)
+			return err
+		})
+		if err != nil || !taken {
+			return number, err
+		}
+		// A create that was killed between two databases is finished by asking for the same again.
+		t, err := p.find(ctx, slug)
+		switch {
+		case fault.Is(err, fault.NotFound): // or undone
+			continue
+		case err != nil:
+			return 0, err
+		case t.State == tenant.Creating:
+			return 0, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
+		}
+		return 0, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
+			WithTenant(slug.String()).WithHint("oneo tenant show %s", slug)
+	}
 }
 
 func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int32) (change, error) {
@@ -232,6 +241,9 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant select, insert, update, delete on tables to %s;\n", qschema, qrole)
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant usage, select on sequences to %s;\n", qschema, qrole)
 	b.WriteString(p.o.Migrate.CreationScript())
+	if r.AdminEmail == "" {
+		b.WriteString(emptyPath)
+	}
 	if err := tx.Script(ctx, b.String()); err != nil {
 		return err
 	}
@@ -239,13 +251,13 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 		if err := firstUser(ctx, tx, r); err != nil {
 			return err
 		}
+		if err := tx.Script(ctx, emptyPath); err != nil {
+			return err
+		}
 	}
-	if err := unbound(ctx)(tx); err != nil {
-		return err
-	}
-	const place = `insert into public.placements (number, schema, role, namespace, state)
-values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active')`
-	if _, err := tx.Exec(ctx, place, number, r.Schema.String(), role); err != nil {
+	const place = `insert into public.placements (number, schema, role, namespace, state, version)
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active', $4)`
+	if _, err := tx.Exec(ctx, place, number, r.Schema.String(), role, p.o.Migrate.Head(migrate.TenantSet)); err != nil {
 		return err
 	}
 	return migrate.Record(ctx, tx, migrate.TenantSet, number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))

@@ -67,6 +67,18 @@ func BySlug(ctx context.Context, q postgres.Querier, slug tenant.Slug) (tenant.T
 	return t, err
 }
 
+// Reserve takes the number of a tenant that is to be made. Taken: the name is another's, and no number is taken. The
+// name is not held: two that are made at once are told apart by the insert.
+func Reserve(ctx context.Context, q postgres.Querier, slug tenant.Slug) (number int32, taken bool, err error) {
+	const reserve = `select nextval('public.tenant_numbers') where not exists (
+	select from public.tenants where slug = $1 and state <> 'purged')`
+	err = q.QueryRow(ctx, reserve, slug.String()).Scan(&number)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return 0, true, nil
+	}
+	return number, false, err
+}
+
 // ByNumber finds a tenant, purged or not.
 func ByNumber(ctx context.Context, q postgres.Querier, number int32) (tenant.Tenant, error) {
 	const byNumber = `select ` + tenantColumns + fromTenants + ` where t.number = $1`
@@ -290,8 +302,10 @@ func AddDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host te
 		return fault.New(fault.Conflict, "%s was another tenant's a short while ago and is held back", host).
 			WithCode("domain_held").WithHint("it is free again after tenancy.domain_hold")
 	}
-	const add = `insert into public.domains (host, tenant) values ($1, $2)
-on conflict (host) do update set tenant = domains.tenant where domains.tenant = excluded.tenant`
+	// A tenant's first domain is its primary one.
+	const add = `insert into public.domains (host, tenant, is_primary)
+values ($1, $2, not exists (select from public.domains d where d.tenant = $2 and d.is_primary))
+on conflict (host) do update set is_primary = domains.is_primary or excluded.is_primary where domains.tenant = excluded.tenant`
 	tag, err := q.Exec(ctx, add, host.String(), t.Number)
 	if err != nil {
 		return err
@@ -306,10 +320,7 @@ on conflict (host) do update set tenant = domains.tenant where domains.tenant = 
 	if primary {
 		return SetPrimary(ctx, q, t, host)
 	}
-	const first = `update public.domains set is_primary = true where host = $1 and not exists (
-	select from public.domains d where d.tenant = $2 and d.is_primary)`
-	_, err = q.Exec(ctx, first, host.String(), t.Number)
-	return err
+	return nil
 }
 
 // SetPrimary makes one of the tenant's hosts its canonical one. NotFound: the tenant does not have it.
