@@ -12,7 +12,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
@@ -24,6 +23,8 @@ const (
 	DefaultLimit   = 50
 	MaxFilterChars = 3500
 	maxFilterTerms = 50
+	// MaxPageBytes is how much data a page holds, though its limit allow more records: 1,000 of the largest are 256 MB.
+	MaxPageBytes = 8 << 20
 )
 
 // Count says whether a list is counted.
@@ -54,7 +55,8 @@ type Page struct {
 	Count   *int64 // nil: not counted
 }
 
-// List reads a page. Invalid, with the parameter: the query is not understood.
+// List reads a page, which ends early where the data is large: HasNext and HasPrev say whether there is more, its length
+// does not. Invalid, with the parameter: the query is not understood.
 func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQuery) (Page, error) {
 	p, err := pipeline(ctx, q, pipelineKey, "")
 	if err != nil {
@@ -124,12 +126,21 @@ func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQue
 		return Page{}, err
 	}
 	page := Page{}
-	if page.Records, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (Record, error) { return scanRecord(row) }); err != nil {
-		return page, err
+	more := false
+	for size := 0; !more && rows.Next(); {
+		r, err := scanRecord(rows)
+		if err != nil {
+			rows.Close()
+			return page, err
+		}
+		size += len(r.Data)
+		if more = len(page.Records) == l.Limit || len(page.Records) > 0 && size > MaxPageBytes; !more {
+			page.Records = append(page.Records, r)
+		}
 	}
-	more := len(page.Records) > l.Limit
-	if more {
-		page.Records = page.Records[:l.Limit]
+	rows.Close()
+	if err := rows.Err(); err != nil {
+		return page, err
 	}
 	page.HasNext, page.HasPrev = more, l.After != nil
 	if back {

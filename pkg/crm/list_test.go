@@ -82,6 +82,59 @@ func TestListPages(t *testing.T) {
 	walk(l, "t6", "t4", "t2", "t0")
 }
 
+// A page is bounded by what it holds, not by the number of its records alone, and paging goes on where it ended.
+func TestLargeRecordsMakeShortPages(t *testing.T) {
+	s := open(t)
+	var fields []crm.NewField
+	for i := range 4 {
+		fields = append(fields, crm.NewField{Key: fmt.Sprintf("t%d", i), Type: crm.Text})
+	}
+	s.pipeline(crm.NewPipeline{Key: "notes", Fields: fields})
+	text, size := strings.Repeat("x", 60<<10), 4*60<<10
+	record := fmt.Sprintf(`{"t0": %q, "t1": %q, "t2": %q, "t3": %q}`, text, text, text, text)
+	n := crm.MaxPageBytes/size + 3
+	var all []uuid.UUID
+	for _, r := range s.creates("notes", n, func(int) string { return record }) {
+		all = append(all, r.ID)
+	}
+	ids := func(p crm.Page) (out []uuid.UUID) {
+		held := 0
+		for _, r := range p.Records {
+			out, held = append(out, r.ID), held+len(r.Data)
+		}
+		require.LessOrEqual(t, held, crm.MaxPageBytes)
+		return out
+	}
+	for _, descending := range []bool{false, true} {
+		want := slices.Clone(all)
+		if descending {
+			slices.Reverse(want)
+		}
+		l := crm.ListQuery{Limit: crm.MaxLimit, Descending: descending, Count: crm.CountNone}
+		first := s.list("notes", l)
+		require.Less(t, len(first.Records), n)
+		require.True(t, first.HasNext)
+		require.False(t, first.HasPrev)
+		l.After = &first.Records[len(first.Records)-1].ID
+		second := s.list("notes", l)
+		require.False(t, second.HasNext)
+		require.Equal(t, want, append(ids(first), ids(second)...))
+
+		last := want[n-1]
+		l.After, l.Before = nil, &last
+		back := s.list("notes", l)
+		require.True(t, back.HasPrev)
+		front := back.Records[0].ID
+		l.Before = &front
+		rest := s.list("notes", l)
+		require.False(t, rest.HasPrev)
+		require.Equal(t, want[:n-1], append(ids(rest), ids(back)...), "backwards, a short page ends at its cursor")
+
+		l.Before, l.Fields = nil, []string{"t0"}
+		require.Len(t, s.list("notes", l).Records, n, "what counts is what is answered")
+	}
+}
+
 func TestListFilters(t *testing.T) {
 	s := numbered(t, 7)
 	parent := s.create("deals", `{"title": "p", "due": "2026-11-23", "amount": 12.50}`)
