@@ -4,10 +4,10 @@ import "strings"
 
 // statements are those of one realm. They are written for the tables {users}, {sessions} and {keys}.
 type statements struct {
-	addUser, listUsers, userByID, userByEmail, updateUser, disableUser, enableUser, setPassword, lockAdmins string
-	credential, rehash, startSession, bySession, byKey, touchSession, touchKey                              string
-	endSession, revokeSessions, revokeAll, purgeOwn, purgeExpired                                           string
-	keyOwner, addKey, listKeys, revokeKey                                                                   string
+	addUser, listUsers, userByID, userByEmail, updateUser, disableUser, enableUser, setPassword, changePassword, lockAdmins string
+	credential, rehash, startSession, bySession, byKey, touchSession, touchKey                                              string
+	endSession, revokeSessions, revokeAll, purgeOwn, purgeExpired                                                           string
+	keyOwner, addKey, listKeys, revokeKey                                                                                   string
 }
 
 const (
@@ -36,6 +36,8 @@ where id = $1 returning {user}`),
 where id = $1 returning {user}`),
 		setPassword: r.Replace(`update {users} set password_hash = $2, version = version + 1, updated_at = now()
 where id = $1 returning {user}`),
+		changePassword: r.Replace(`update {users} set password_hash = $2, version = version + 1, updated_at = now()
+where id = $1 and password_hash = $3 and disabled_at is null returning {user}`),
 		// In the order of their ids, so that two callers who would each take the other's last administrator wait for
 		// one another instead.
 		lockAdmins: r.Replace(`select id from {users}

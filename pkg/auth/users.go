@@ -247,6 +247,20 @@ func (r *Realm) SetPassword(ctx context.Context, q postgres.Querier, id uuid.UUI
 	return r.logOut(ctx, q, q.QueryRow(ctx, r.sql.setPassword, id, hash))
 }
 
+// ChangePassword replaces the hash of a credential that Check accepted, for its owner, and ends the account's sessions
+// like SetPassword. Unauthenticated: the password was changed or the account disabled since; what an administrator set
+// meanwhile stays.
+func (r *Realm) ChangePassword(ctx context.Context, q postgres.Querier, c Credential, hash string) (User, [][]byte, error) {
+	if err := checkHash(hash); err != nil {
+		return User{}, nil, err
+	}
+	u, ended, err := r.logOut(ctx, q, q.QueryRow(ctx, r.sql.changePassword, c.userID, hash, c.hash))
+	if fault.Is(err, fault.NotFound) {
+		return u, nil, errLogin()
+	}
+	return u, ended, err
+}
+
 // logOut ends the sessions of the account that has just been changed. It is a statement after the change, which waited
 // for logins that held the account: it sees the sessions that they made.
 func (r *Realm) logOut(ctx context.Context, q postgres.Querier, changed pgx.Row) (User, [][]byte, error) {

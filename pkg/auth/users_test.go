@@ -467,3 +467,51 @@ func TestSetPassword(t *testing.T) {
 		requireFault(t, h.Check(t.Context(), c, password), fault.Unauthenticated, "login_failed")
 	})
 }
+
+// Whoever changes their own password replaces the one that they proved to know, and no other.
+func TestChangePassword(t *testing.T) {
+	t.Parallel()
+	places(t, func(t *testing.T, p place) {
+		u := p.add(t, "ada@example.com", "")
+		p.add(t, "bob@example.com", "admin") // so that ada may be disabled
+		h := auth.NewHasher(1)
+		own, err := h.Hash(t.Context(), "a password of one's own")
+		require.NoError(t, err)
+		reset, err := h.Hash(t.Context(), "what the administrator set")
+		require.NoError(t, err)
+		change := func(c auth.Credential, hash string) (ended [][]byte, err error) {
+			err = p.write(t, func(q postgres.Querier) (err error) {
+				_, ended, err = p.realm.ChangePassword(t.Context(), q, c, hash)
+				return err
+			})
+			return ended, err
+		}
+		before := p.credential(t, u.Email)
+		_, err = change(before, "a password of one's own")
+		requireFault(t, err, fault.Internal, "not_a_hash")
+		p.must(t, func(q postgres.Querier) error {
+			_, _, err := p.realm.SetPassword(t.Context(), q, u.ID, reset)
+			return err
+		})
+		token := p.login(t, u.Email)
+		_, err = change(before, own)
+		requireFault(t, err, fault.Unauthenticated, "login_failed")
+		require.NoError(t, h.Check(t.Context(), p.credential(t, u.Email), "what the administrator set"), "the reset stays")
+		_, err = p.who(t, token)
+		require.NoError(t, err, "what was refused ended no session")
+
+		now := p.credential(t, u.Email)
+		ended, err := change(now, own)
+		require.NoError(t, err)
+		require.Equal(t, [][]byte{auth.HashToken(token)}, ended)
+		require.NoError(t, h.Check(t.Context(), p.credential(t, u.Email), "a password of one's own"))
+
+		now = p.credential(t, u.Email)
+		_, _, err = p.disable(t, u.ID)
+		require.NoError(t, err)
+		_, err = change(now, reset)
+		requireFault(t, err, fault.Unauthenticated, "login_failed")
+		_, err = change(auth.Credential{}, reset)
+		requireFault(t, err, fault.Unauthenticated, "login_failed")
+	})
+}

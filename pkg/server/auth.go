@@ -202,19 +202,20 @@ func (s *Server) changePassword(ctx context.Context, r *Request) (Reply, error) 
 		return Reply{}, err
 	}
 	realm := realmOf(r.x)
-	if _, err := s.checkPassword(ctx, r, realm, r.Identity.Email, in.Current); err != nil {
-		if fault.Is(err, fault.Unauthenticated) {
-			return Reply{}, badField("/current_password", "wrong_password", "this is not the present password")
-		}
-		return Reply{}, err
-	}
+	c, err := s.checkPassword(ctx, r, realm, r.Identity.Email, in.Current)
 	var ended [][]byte
-	err = s.within(ctx, r, Write, func(tx Tx) (err error) {
-		if _, ended, err = realm.SetPassword(ctx, tx, r.Identity.UserID, hash); err != nil || r.x.realm == tenantRealm {
-			return err
-		}
-		return s.audit(ctx, r, tx, r.Tenant, "admin.password", nil)
-	})
+	if err == nil {
+		err = s.within(ctx, r, Write, func(tx Tx) (err error) {
+			// What was checked is what is replaced: not the password that an administrator has set since.
+			if _, ended, err = realm.ChangePassword(ctx, tx, c, hash); err != nil || r.x.realm == tenantRealm {
+				return err
+			}
+			return s.audit(ctx, r, tx, r.Tenant, "admin.password", nil)
+		})
+	}
+	if fault.Is(err, fault.Unauthenticated) {
+		return Reply{}, badField("/current_password", "wrong_password", "this is not the present password")
+	}
 	if err != nil {
 		return Reply{}, err
 	}

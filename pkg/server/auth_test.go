@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/server"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -241,6 +243,45 @@ func TestOwnPassword(t *testing.T) {
 	st.do(t, scenario{name: "old password", method: "POST", path: "/api/v1/auth/login", body: fmt.Sprintf(`{"email":%q,"password":%q}`, memberMail, password), status: 401})
 	st.do(t, scenario{name: "new password", method: "POST", path: "/api/v1/auth/login", body: fmt.Sprintf(`{"email":%q,"password":"a good new password"}`, memberMail), status: 200})
 	st.login(t, "globex.localhost", memberMail) // the same person elsewhere is another account
+}
+
+// overtaken lets something happen before each writing transaction begins: after what was checked before it.
+type overtaken struct {
+	databases
+	first func(ctx context.Context) error
+}
+
+func (o overtaken) InTenant(ctx context.Context, t tenant.Tenant, a server.Access, fn func(server.Tx) error) error {
+	if a == server.Write {
+		if err := o.first(ctx); err != nil {
+			return err
+		}
+	}
+	return o.databases.InTenant(ctx, t, a, fn)
+}
+
+func TestAnOwnPasswordDoesNotReplaceAReset(t *testing.T) {
+	st := open(t)
+	token := st.login(t, "acme.localhost", memberMail)
+	reset, err := auth.NewHasher(1).Hash(t.Context(), "what the administrator set")
+	require.NoError(t, err)
+	addr := st.again(t, func(o *server.Options) {
+		o.Databases = overtaken{databases{st.env.DB}, func(ctx context.Context) error {
+			return st.env.DB.InTenant(ctx, st.acme, postgres.Write, func(tx *postgres.Tx) error {
+				u, err := auth.Tenants().UserByEmail(ctx, tx, memberMail)
+				if err == nil {
+					_, _, err = auth.Tenants().SetPassword(ctx, tx, u.ID, reset)
+				}
+				return err
+			})
+		}}
+	})
+	st.doAt(t, addr, scenario{name: "too late", method: "POST", path: "/api/v1/me/password", token: token, status: 422,
+		body: fmt.Sprintf(`{"current_password":%q,"password":"a good new password"}`, password), has: []string{"/current_password", "wrong_password"}})
+	st.do(t, scenario{name: "not the own one", method: "POST", path: "/api/v1/auth/login", status: 401,
+		body: fmt.Sprintf(`{"email":%q,"password":"a good new password"}`, memberMail)})
+	st.do(t, scenario{name: "the reset", method: "POST", path: "/api/v1/auth/login", status: 200,
+		body: fmt.Sprintf(`{"email":%q,"password":"what the administrator set"}`, memberMail)})
 }
 
 func TestSecureCookies(t *testing.T) {
