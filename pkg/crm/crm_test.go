@@ -184,7 +184,7 @@ func TestPipelinesAreValidated(t *testing.T) {
 	fields = fields[:crm.MaxFields]
 	require.Len(t, s.pipeline(crm.NewPipeline{Key: "wide", Fields: fields}).Fields, crm.MaxFields)
 	err := s.write(func(ctx context.Context, q postgres.Querier) error {
-		_, err := crm.AddField(ctx, q, "wide", crm.NewField{Key: "one_more", Type: crm.Text})
+		_, err := crm.AddField(ctx, q, "wide", 0, crm.NewField{Key: "one_more", Type: crm.Text})
 		return err
 	})
 	refused(t, err, fault.Conflict, "too_many")
@@ -226,7 +226,7 @@ func TestPipelineLife(t *testing.T) {
 	refused(t, err, fault.Conflict, "pipeline_exists")
 	s.pipeline(crm.NewPipeline{Key: "notes", Fields: []crm.NewField{{Key: "deal", Type: crm.Relation, Options: crm.Options{Pipeline: "deals"}}}})
 	remove := func(key string) error {
-		return s.write(func(ctx context.Context, q postgres.Querier) error { return crm.DeletePipeline(ctx, q, key) })
+		return s.write(func(ctx context.Context, q postgres.Querier) error { return crm.DeletePipeline(ctx, q, key, 0) })
 	}
 	refused(t, remove("deals"), fault.Conflict, "referenced")
 	note := s.create("notes", `{}`)
@@ -236,7 +236,9 @@ func TestPipelineLife(t *testing.T) {
 		return err
 	})
 	refused(t, remove("notes"), fault.Conflict, "not_empty")
-	s.ok(func(ctx context.Context, q postgres.Querier) error { return crm.PurgeRecord(ctx, q, "notes", note.ID) })
+	s.ok(func(ctx context.Context, q postgres.Querier) error {
+		return crm.PurgeRecord(ctx, q, "notes", note.ID, 0)
+	})
 	require.NoError(t, remove("notes"))
 	require.NoError(t, remove("deals"), "a relation to itself does not hold a pipeline")
 	refused(t, remove("deals"), fault.NotFound, "unknown_pipeline")
@@ -251,18 +253,18 @@ func TestFieldLife(t *testing.T) {
 	s.create("deals", `{"title": "old", "stage": "won"}`)
 	add := func(n crm.NewField) error {
 		return s.write(func(ctx context.Context, q postgres.Querier) error {
-			_, err := crm.AddField(ctx, q, "deals", n)
+			_, err := crm.AddField(ctx, q, "deals", 0, n)
 			return err
 		})
 	}
 	update := func(field string, c crm.FieldChange) error {
 		return s.write(func(ctx context.Context, q postgres.Querier) error {
-			_, err := crm.UpdateField(ctx, q, "deals", field, c)
+			_, err := crm.UpdateField(ctx, q, "deals", field, 0, c)
 			return err
 		})
 	}
 	remove := func(field string) error {
-		return s.write(func(ctx context.Context, q postgres.Querier) error { return crm.RemoveField(ctx, q, "deals", field) })
+		return s.write(func(ctx context.Context, q postgres.Querier) error { return crm.RemoveField(ctx, q, "deals", field, 0) })
 	}
 	refused(t, add(crm.NewField{Key: "title", Type: crm.Text}), fault.Conflict, "field_exists")
 	refused(t, add(crm.NewField{Key: "to", Type: crm.Relation, Options: crm.Options{Pipeline: "nope"}}), fault.Unfit, "unknown_pipeline")
@@ -439,15 +441,19 @@ func TestRecordLife(t *testing.T) {
 			return err
 		})
 	}
-	restore := func() error {
+	restore := func(version int) error {
 		return on(func(ctx context.Context, q postgres.Querier, key string, id uuid.UUID) error {
-			_, err := crm.RestoreRecord(ctx, q, key, id)
+			_, err := crm.RestoreRecord(ctx, q, key, id, version)
 			return err
 		})
 	}
-	purge := func() error { return on(crm.PurgeRecord) }
-	refused(t, purge(), fault.NotFound, "unknown_record")
-	refused(t, restore(), fault.NotFound, "unknown_record")
+	purge := func(version int) error {
+		return on(func(ctx context.Context, q postgres.Querier, key string, id uuid.UUID) error {
+			return crm.PurgeRecord(ctx, q, key, id, version)
+		})
+	}
+	refused(t, purge(0), fault.NotFound, "unknown_record")
+	refused(t, restore(0), fault.NotFound, "unknown_record")
 	refused(t, trash(1), fault.Stale, "stale")
 	require.NoError(t, trash(2))
 	refused(t, trash(0), fault.NotFound, "unknown_record")
@@ -460,14 +466,16 @@ func TestRecordLife(t *testing.T) {
 	require.Len(t, inTrash.Records, 1)
 	require.EqualValues(t, 1, *inTrash.Count)
 	require.NotNil(t, inTrash.Records[0].DeletedAt)
-	require.NoError(t, restore())
+	refused(t, restore(2), fault.Stale, "stale")
+	require.NoError(t, restore(3))
 	got, err = s.read("deals", r.ID)
 	require.NoError(t, err)
 	require.Equal(t, 4, got.Version)
 	require.Nil(t, got.DeletedAt)
 	require.NoError(t, trash(4))
-	require.NoError(t, purge())
-	refused(t, purge(), fault.NotFound, "unknown_record")
+	refused(t, purge(4), fault.Stale, "stale")
+	require.NoError(t, purge(5))
+	refused(t, purge(0), fault.NotFound, "unknown_record")
 	require.Empty(t, s.list("deals", crm.ListQuery{Limit: 5, Trash: true, Count: crm.CountNone}).Records)
 }
 
@@ -498,7 +506,7 @@ func TestRelations(t *testing.T) {
 	require.NoError(t, patch(1, fmt.Sprintf(`{"a": %q}`, second.ID)), "a relation that is not touched may stay as it was")
 	purge := func() error {
 		return s.write(func(ctx context.Context, q postgres.Querier) error {
-			return crm.PurgeRecord(ctx, q, "accounts", first.ID)
+			return crm.PurgeRecord(ctx, q, "accounts", first.ID, 0)
 		})
 	}
 	refused(t, purge(), fault.Conflict, "referenced")
@@ -508,7 +516,7 @@ func TestRelations(t *testing.T) {
 	})
 	refused(t, purge(), fault.Conflict, "referenced") // a record in the trash can come back
 	s.ok(func(ctx context.Context, q postgres.Querier) error {
-		_, err := crm.RestoreRecord(ctx, q, "deals", deal.ID)
+		_, err := crm.RestoreRecord(ctx, q, "deals", deal.ID, 0)
 		return err
 	})
 	require.NoError(t, patch(4, `{"b": null}`))

@@ -416,7 +416,7 @@ func TestARelationNeverDangles(t *testing.T) {
 		if _, err := crm.TrashRecord(ctx, q, "accounts", id, 0); err != nil {
 			return err
 		}
-		return crm.PurgeRecord(ctx, q, "accounts", id)
+		return crm.PurgeRecord(ctx, q, "accounts", id, 0)
 	}
 	type act func(ctx context.Context, q postgres.Querier, id uuid.UUID) error
 	race := func(first, second act) error {
@@ -451,12 +451,12 @@ func TestARelationNeverDangles(t *testing.T) {
 		return crm.PurgeRecord(ctx, before{q, func() {
 			other.Go(func() {
 				restored = inTenant(t.Context(), s.env, s.at, func(ctx context.Context, q postgres.Querier) error {
-					_, err := crm.RestoreRecord(ctx, q, "accounts", old)
+					_, err := crm.RestoreRecord(ctx, q, "accounts", old, 0)
 					return err
 				})
 			})
 			wait(t, "the restore waits for the purge", blocked)
-		}}, "accounts", old)
+		}}, "accounts", old, 0)
 	})
 	other.Wait()
 	refused(t, restored, fault.NotFound, "unknown_record")
@@ -498,7 +498,7 @@ func TestFieldsHoldStillWhileRecordsAreWritten(t *testing.T) {
 	var other sync.WaitGroup
 	admin := pgtest.Admin(t, s.env.AdminURL)
 	s.ok(func(ctx context.Context, q postgres.Querier) error {
-		if err := crm.RemoveField(ctx, q, "deals", "stage"); err != nil {
+		if err := crm.RemoveField(ctx, q, "deals", "stage", 0); err != nil {
 			return err
 		}
 		other.Go(func() {

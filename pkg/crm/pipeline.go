@@ -331,14 +331,24 @@ where id = $1 returning ` + pipelineColumns
 	return p, err
 }
 
+// changing reads a pipeline that is to change, held until the transaction ends. With a version above 0 it must still be at
+// it (Stale).
+func changing(ctx context.Context, q postgres.Querier, key string, version int) (Pipeline, error) {
+	p, err := pipeline(ctx, q, key, "for update")
+	if err == nil && version > 0 && p.Version != version {
+		err = stale(p)
+	}
+	return p, err
+}
+
 func stale(current any) error {
 	return fault.New(fault.Stale, "it was changed in between").WithCode("stale").WithDetails(map[string]any{"current": current})
 }
 
 // DeletePipeline removes an empty pipeline with its fields. Conflict: it has records, also in the trash, or a relation
-// points at it.
-func DeletePipeline(ctx context.Context, q postgres.Querier, key string) error {
-	p, err := pipeline(ctx, q, key, "for update")
+// points at it. With a version above 0 it must still be at it (Stale).
+func DeletePipeline(ctx context.Context, q postgres.Querier, key string, version int) error {
+	p, err := changing(ctx, q, key, version)
 	if err != nil {
 		return err
 	}
@@ -358,14 +368,15 @@ func DeletePipeline(ctx context.Context, q postgres.Querier, key string) error {
 	return err
 }
 
-// AddField adds a field to a pipeline. A required one holds for records that are written from now on.
-func AddField(ctx context.Context, q postgres.Querier, key string, n NewField) (Field, error) {
+// AddField adds a field to a pipeline. A required one holds for records that are written from now on. With a version
+// above 0 the pipeline must still be at it (Stale).
+func AddField(ctx context.Context, q postgres.Querier, key string, version int, n NewField) (Field, error) {
 	var u unfit
 	u.field("", &n)
 	if err := u.err(); err != nil {
 		return Field{}, err
 	}
-	p, err := pipeline(ctx, q, key, "for update")
+	p, err := changing(ctx, q, key, version)
 	if err != nil {
 		return Field{}, err
 	}
@@ -430,9 +441,10 @@ type FieldChange struct {
 	Position *int     `json:"position"`
 }
 
-// UpdateField changes a field. Conflict: a choice that records use would go.
-func UpdateField(ctx context.Context, q postgres.Querier, key, field string, c FieldChange) (Field, error) {
-	p, err := pipeline(ctx, q, key, "for update")
+// UpdateField changes a field. Conflict: a choice that records use would go. With a version above 0 the pipeline must
+// still be at it (Stale).
+func UpdateField(ctx context.Context, q postgres.Querier, key, field string, version int, c FieldChange) (Field, error) {
+	p, err := changing(ctx, q, key, version)
 	if err != nil {
 		return Field{}, err
 	}
@@ -494,9 +506,10 @@ func UpdateField(ctx context.Context, q postgres.Querier, key, field string, c F
 	return f, touchPipeline(ctx, q, p.ID)
 }
 
-// RemoveField removes a field. Conflict: records have a value in it.
-func RemoveField(ctx context.Context, q postgres.Querier, key, field string) error {
-	p, err := pipeline(ctx, q, key, "for update")
+// RemoveField removes a field. Conflict: records have a value in it. With a version above 0 the pipeline must still be at
+// it (Stale).
+func RemoveField(ctx context.Context, q postgres.Querier, key, field string, version int) error {
+	p, err := changing(ctx, q, key, version)
 	if err != nil {
 		return err
 	}

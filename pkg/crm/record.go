@@ -222,9 +222,9 @@ func TrashRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id
 		`update records r set deleted_at = now(), version = version + 1, updated_at = now() where id = $1 returning `+recordColumns)
 }
 
-// RestoreRecord takes a record out of the trash.
-func RestoreRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID) (Record, error) {
-	return setTrash(ctx, q, pipelineKey, id, 0, true,
+// RestoreRecord takes a record out of the trash. With a version above 0 it must still be at it (Stale).
+func RestoreRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID, version int) (Record, error) {
+	return setTrash(ctx, q, pipelineKey, id, version, true,
 		`update records r set deleted_at = null, version = version + 1, updated_at = now() where id = $1 returning `+recordColumns)
 }
 
@@ -243,14 +243,19 @@ func setTrash(ctx context.Context, q postgres.Querier, pipelineKey string, id uu
 	return scanRecord(q.QueryRow(ctx, sql, id))
 }
 
-// PurgeRecord destroys a record that is in the trash. Conflict: another record points at it.
-func PurgeRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID) error {
+// PurgeRecord destroys a record that is in the trash. Conflict: another record points at it. With a version above 0 it
+// must still be at it (Stale).
+func PurgeRecord(ctx context.Context, q postgres.Querier, pipelineKey string, id uuid.UUID, version int) error {
 	p, err := pipeline(ctx, q, pipelineKey, "")
 	if err != nil {
 		return err
 	}
-	if _, err := lockRecord(ctx, q, p.ID, id, true, "for update"); err != nil {
+	r, err := lockRecord(ctx, q, p.ID, id, true, "for update")
+	if err != nil {
 		return err
+	}
+	if version > 0 && r.Version != version {
+		return stale(r)
 	}
 	const relations = `select f.pipeline_id, f.key from fields f where f.type = 'relation' and f.options ->> 'pipeline' = $1`
 	rows, err := q.Query(ctx, relations, p.Key)

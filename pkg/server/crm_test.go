@@ -67,12 +67,15 @@ func TestRecords(t *testing.T) {
 		{name: "gone", path: one, token: viewer, status: 404},
 		{name: "not listed", path: deals, token: viewer, status: 200, hasNot: []string{id}},
 		{name: "in the trash", path: deals + "?trash=true", token: viewer, status: 200, has: []string{id}},
-		{name: "restore", method: "POST", path: one + "/restore", token: member, status: 200, hasNot: []string{"deleted_at"}},
+		{name: "stale restore", method: "POST", path: one + "/restore", token: member, header: ifMatch(`"2"`), status: 412, code: "stale", has: []string{`"version":3`}},
+		{name: "odd version of a restore", method: "POST", path: one + "/restore", token: member, header: ifMatch(`*`), status: 400, code: "bad_if_match"},
+		{name: "restore", method: "POST", path: one + "/restore", token: member, header: ifMatch(`"3"`), status: 200, hasNot: []string{"deleted_at"}},
 		{name: "back", path: one, token: viewer, status: 200},
 		{name: "delete again", method: "DELETE", path: one, token: member, status: 200},
 		{name: "member purges", method: "DELETE", path: one + "?purge=true", token: member, status: 403},
 		{name: "what purge", method: "DELETE", path: one + "?purge=yes", token: admin, status: 400, has: []string{`"parameter":"purge"`}},
-		{name: "purge", method: "DELETE", path: one + "?purge=true", token: admin, status: 204},
+		{name: "stale purge", method: "DELETE", path: one + "?purge=true", token: admin, header: ifMatch(`"4"`), status: 412, code: "stale", has: []string{`"version":5`}},
+		{name: "purge", method: "DELETE", path: one + "?purge=true", token: admin, header: ifMatch(`"5"`), status: 204},
 		{name: "nothing to restore", method: "POST", path: one + "/restore", token: member, status: 404},
 	} {
 		t.Run(sc.name, func(t *testing.T) { st.do(t, sc) })
@@ -169,8 +172,13 @@ func TestPipelines(t *testing.T) {
 			body: `{"name":"All deals","metadata":{"color":"red"}}`, status: 200, has: []string{"All deals", `"color"`}},
 		{name: "stale", method: "PATCH", path: p + "/deals", token: admin, header: ifMatch(`"1"`), body: `{"name":"x"}`, status: 412},
 		{name: "add a field", method: "POST", path: p + "/deals/fields", token: admin, body: `{"key":"closed","type":"date"}`, status: 201},
+		{name: "add a field to another version", method: "POST", path: p + "/deals/fields", token: admin, header: ifMatch(`"2"`), body: `{"key":"late","type":"date"}`, status: 412, code: "stale",
+			has: []string{`"current"`, `"closed"`}},
 		{name: "field twice", method: "POST", path: p + "/deals/fields", token: admin, body: `{"key":"closed","type":"date"}`, status: 409},
 		{name: "change a field", method: "PATCH", path: p + "/deals/fields/closed", token: admin, body: `{"name":"Closed on"}`, status: 200, has: []string{"Closed on"}},
+		{name: "change a field of another version", method: "PATCH", path: p + "/deals/fields/closed", token: admin, header: ifMatch(`"3"`), body: `{"name":"x"}`, status: 412, code: "stale"},
+		{name: "change a field of this version", method: "PATCH", path: p + "/deals/fields/closed", token: admin, header: ifMatch(`"4"`), body: `{"name":"Closed at"}`, status: 200},
+		{name: "remove a field of another version", method: "DELETE", path: p + "/deals/fields/closed", token: admin, header: ifMatch(`"4"`), status: 412, code: "stale"},
 		{name: "a field's type is fixed", method: "PATCH", path: p + "/deals/fields/closed", token: admin, body: `{"type":"text"}`, status: 400},
 		{name: "remove a field", method: "DELETE", path: p + "/deals/fields/closed", token: admin, status: 204},
 		{name: "no such field", method: "DELETE", path: p + "/deals/fields/closed", token: admin, status: 404},
@@ -179,7 +187,8 @@ func TestPipelines(t *testing.T) {
 		{name: "a record", method: "POST", path: deals, token: member, body: `{"data":{"title":"x"}}`, status: 201},
 		{name: "not empty", method: "DELETE", path: p + "/deals", token: admin, status: 409},
 		{name: "another", method: "POST", path: p, token: admin, body: `{"key":"leads"}`, status: 201},
-		{name: "delete", method: "DELETE", path: p + "/leads", token: admin, status: 204},
+		{name: "delete another version", method: "DELETE", path: p + "/leads", token: admin, header: ifMatch(`"2"`), status: 412, code: "stale"},
+		{name: "delete", method: "DELETE", path: p + "/leads", token: admin, header: ifMatch(`"1"`), status: 204},
 	} {
 		t.Run(sc.name, func(t *testing.T) { st.do(t, sc) })
 	}

@@ -81,15 +81,23 @@ func (s *Server) patchPipeline(ctx context.Context, r *Request, tx Tx) (Reply, e
 }
 
 func (s *Server) deletePipeline(ctx context.Context, r *Request, tx Tx) (Reply, error) {
-	return Reply{}, crm.DeletePipeline(ctx, tx, r.Param("pipeline"))
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
+	return Reply{}, crm.DeletePipeline(ctx, tx, r.Param("pipeline"), version)
 }
 
 func (s *Server) addField(ctx context.Context, r *Request, tx Tx) (Reply, error) {
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
 	var in crm.NewField
 	if err := r.decode(&in); err != nil {
 		return Reply{}, err
 	}
-	f, err := crm.AddField(ctx, tx, r.Param("pipeline"), in)
+	f, err := crm.AddField(ctx, tx, r.Param("pipeline"), version, in)
 	if err != nil {
 		return Reply{}, err
 	}
@@ -97,11 +105,15 @@ func (s *Server) addField(ctx context.Context, r *Request, tx Tx) (Reply, error)
 }
 
 func (s *Server) patchField(ctx context.Context, r *Request, tx Tx) (Reply, error) {
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
 	var in crm.FieldChange
 	if err := r.decodePatch(&in); err != nil {
 		return Reply{}, err
 	}
-	f, err := crm.UpdateField(ctx, tx, r.Param("pipeline"), r.Param("field"), in)
+	f, err := crm.UpdateField(ctx, tx, r.Param("pipeline"), r.Param("field"), version, in)
 	if err != nil {
 		return Reply{}, err
 	}
@@ -109,7 +121,11 @@ func (s *Server) patchField(ctx context.Context, r *Request, tx Tx) (Reply, erro
 }
 
 func (s *Server) removeField(ctx context.Context, r *Request, tx Tx) (Reply, error) {
-	return Reply{}, crm.RemoveField(ctx, tx, r.Param("pipeline"), r.Param("field"))
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
+	return Reply{}, crm.RemoveField(ctx, tx, r.Param("pipeline"), r.Param("field"), version)
 }
 
 // decodePatch reads a merge patch of a resource whose members are all there to stay: null, which would remove one, is

@@ -173,17 +173,15 @@ func (s *Server) deleteRecord(ctx context.Context, r *Request, tx Tx) (Reply, er
 	if err != nil {
 		return Reply{}, err
 	}
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
 	if purge {
 		if err := r.Identity.May(auth.ManagePipelines); err != nil {
 			return Reply{}, fault.New(fault.Forbidden, "only an administrator may destroy records").WithCode("forbidden")
 		}
-		return Reply{}, crm.PurgeRecord(ctx, tx, r.Param("pipeline"), id)
-	}
-	var version int
-	if len(r.x.r.Header.Values("If-Match")) > 0 {
-		if version, err = r.version(); err != nil {
-			return Reply{}, err
-		}
+		return Reply{}, crm.PurgeRecord(ctx, tx, r.Param("pipeline"), id, version)
 	}
 	rec, err := crm.TrashRecord(ctx, tx, r.Param("pipeline"), id, version)
 	if err != nil {
@@ -197,7 +195,11 @@ func (s *Server) restoreRecord(ctx context.Context, r *Request, tx Tx) (Reply, e
 	if err != nil {
 		return Reply{}, err
 	}
-	rec, err := crm.RestoreRecord(ctx, tx, r.Param("pipeline"), id)
+	version, err := r.versionIfGiven()
+	if err != nil {
+		return Reply{}, err
+	}
+	rec, err := crm.RestoreRecord(ctx, tx, r.Param("pipeline"), id, version)
 	if err != nil {
 		return Reply{}, err
 	}

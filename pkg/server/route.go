@@ -313,6 +313,14 @@ func (r *Request) version() (int, error) {
 	return n, nil
 }
 
+// versionIfGiven reads If-Match where it may be left out; 0: it was.
+func (r *Request) versionIfGiven() (int, error) {
+	if len(r.x.r.Header.Values("If-Match")) == 0 {
+		return 0, nil
+	}
+	return r.version()
+}
+
 // etag is the header that names a version.
 func etag(version int) http.Header {
 	return http.Header{"Etag": []string{`"` + strconv.Itoa(version) + `"`}}
