@@ -1,6 +1,7 @@
 // Package cache keeps values in Redis under each tenant's prefix, tells the other processes what to forget, and counts
 // for rate limits. It is never needed: a Redis that is away, hangs, was flushed or rolled back is a cache that holds
-// nothing, and costs a process no more than a few failed calls before it is left alone for a second.
+// nothing, and costs a process no more than a few failed calls before it is left alone for a second. What a process has
+// set and Redis has not taken it holds itself: it never reads an older value than its own.
 //
 // Keys are made here only, from parts that are checked: <schema>:<generation>:<kind>:<id> of a tenant and
 // public:<kind>:<id> of the installation. Raising a tenant's generation flushes it.
@@ -44,6 +45,7 @@ type Cache struct {
 	hits    atomic.Int64
 	misses  atomic.Int64
 	limiter *limiter
+	held    held
 
 	mu        sync.Mutex
 	listeners []func(Message)
@@ -172,9 +174,18 @@ func checkParts(parts ...string) error {
 	return nil
 }
 
-// Get finds a value.
+// Get finds a value. One that was set here and that Redis has not taken counts before the one that Redis has.
 func (c *Cache) Get(ctx context.Context, k Key) ([]byte, bool) {
-	var v []byte
+	c.tell(ctx, k)
+	v, found, blind := c.held.get(k.s)
+	if found {
+		c.hits.Add(1)
+		return v, true
+	}
+	if blind {
+		c.misses.Add(1)
+		return nil, false
+	}
 	err := c.do(ctx, func(ctx context.Context) (err error) {
 		v, err = c.client.Get(ctx, k.s).Bytes()
 		return err
@@ -187,23 +198,36 @@ func (c *Cache) Get(ctx context.Context, k Key) ([]byte, bool) {
 	return v, true
 }
 
-// Set stores a value for ttl, at most MaxTTL. What fails is a cache that holds nothing.
-func (c *Cache) Set(ctx context.Context, k Key, value []byte, ttl time.Duration) {
-	c.store(ctx, ttl, func(ctx context.Context, ttl time.Duration) error { return c.client.Set(ctx, k.s, value, ttl).Err() })
+// Set stores a value for ttl, at most MaxTTL, whatever stands there. It is for changes: what Redis does not take is held
+// by this process until ttl is over, read here instead of what Redis has, and given to Redis at a later Get. Unavailable:
+// Redis has not taken it, and other processes may read the old value until it does.
+func (c *Cache) Set(ctx context.Context, k Key, value []byte, ttl time.Duration) error {
+	if c.client == nil || ttl < time.Millisecond {
+		return nil
+	}
+	ttl = min(ttl, MaxTTL)
+	v := c.held.add(k.s, value, ttl)
+	err := c.set(ctx, k.s, value, ttl)
+	c.held.settle(k.s, v, ttl, err == nil)
+	if err != nil {
+		return fault.Wrap(err, fault.Unavailable, "Redis did not take a change").WithCode("redis_unreachable")
+	}
+	return nil
 }
 
-// Add stores a value for ttl unless there is one.
+func (c *Cache) set(ctx context.Context, key string, value []byte, ttl time.Duration) error {
+	return c.do(ctx, func(ctx context.Context) error { return c.client.Set(ctx, key, value, ttl).Err() })
+}
+
+// Add stores a value for ttl, at most MaxTTL, unless there is one. It is for what was read: what fails is a cache that
+// holds nothing.
 func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration) {
-	c.store(ctx, ttl, func(ctx context.Context, ttl time.Duration) error {
-		return c.client.SetArgs(ctx, k.s, value, redis.SetArgs{Mode: "NX", TTL: ttl}).Err()
-	})
-}
-
-func (c *Cache) store(ctx context.Context, ttl time.Duration, fn func(context.Context, time.Duration) error) {
 	if ttl < time.Millisecond {
 		return
 	}
-	_ = c.do(ctx, func(ctx context.Context) error { return fn(ctx, min(ttl, MaxTTL)) }) // best effort, counted by the breaker
+	_ = c.do(ctx, func(ctx context.Context) error { // best effort, counted by the breaker
+		return c.client.SetArgs(ctx, k.s, value, redis.SetArgs{Mode: "NX", TTL: min(ttl, MaxTTL)}).Err()
+	})
 }
 
 // Delete removes values.
@@ -221,12 +245,13 @@ func (c *Cache) Delete(ctx context.Context, keys ...Key) {
 // Stats counts what this process asked for.
 type Stats struct {
 	Hits, Misses int64
+	Held         int    // changes that Redis has not taken yet
 	Breaker      string // closed, half-open or open
 }
 
 // Stats counts what this process asked for.
 func (c *Cache) Stats() Stats {
-	return Stats{Hits: c.hits.Load(), Misses: c.misses.Load(), Breaker: c.breaker.State().String()}
+	return Stats{Hits: c.hits.Load(), Misses: c.misses.Load(), Held: c.held.len(), Breaker: c.breaker.State().String()}
 }
 
 // Message tells the other processes what to forget.

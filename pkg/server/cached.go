@@ -60,7 +60,8 @@ func (s *Server) keep(ctx context.Context, t tenant.Tenant, kind, id string, rea
 	s.opts.Cache.Add(ctx, t, kind, id, e, ttl)
 }
 
-// bar drops a value that has changed and keeps the old one from coming back. Call it after the commit.
+// bar drops a value that has changed and keeps the old one from coming back. Call it after the commit. A Cache that could
+// not store it must answer with it all the same, here, for as long as it was to be stored: the old value is still there.
 func (s *Server) bar(ctx context.Context, t tenant.Tenant, kind, id string) {
 	if s.opts.Cache == nil {
 		return
