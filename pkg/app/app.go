@@ -142,8 +142,8 @@ func (a *App) changed(ctx context.Context, t tenant.Tenant, hosts []tenant.Host)
 }
 
 func (a *App) forget(ctx context.Context, hosts ...tenant.Host) {
-	hostCache{a.Cache}.Delete(ctx, hosts...)
-	a.Resolver.Forget(hosts...)
+	ctx = context.WithoutCancel(ctx) // what has been committed must be told, also when nobody waits any more
+	a.Resolver.Bar(ctx, hosts...)
 	for _, h := range hosts {
 		a.Cache.Publish(ctx, cache.Message{Kind: forgetHost, Value: h.String()})
 	}
@@ -178,20 +178,17 @@ func (h hostCache) Get(ctx context.Context, host tenant.Host) ([]byte, bool) {
 	return h.c.Get(ctx, k)
 }
 
-func (h hostCache) Set(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration) {
+func (h hostCache) Add(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration) {
 	if k, err := cache.PublicKey("host", host.String()); err == nil {
-		h.c.Set(ctx, k, value, ttl)
+		h.c.Add(ctx, k, value, ttl)
 	}
 }
 
-func (h hostCache) Delete(ctx context.Context, hosts ...tenant.Host) {
-	var keys []cache.Key
-	for _, host := range hosts {
-		if k, err := cache.PublicKey("host", host.String()); err == nil {
-			keys = append(keys, k)
-		}
+// Set need not tell of a failure: until Redis has taken the value, the cache itself answers with it.
+func (h hostCache) Set(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration) {
+	if k, err := cache.PublicKey("host", host.String()); err == nil {
+		_ = h.c.Set(ctx, k, value, ttl)
 	}
-	h.c.Delete(ctx, keys...)
 }
 
 // InitOptions says how the databases are made.

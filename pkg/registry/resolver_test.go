@@ -2,6 +2,7 @@ package registry_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"sync"
 	"sync/atomic"
@@ -112,6 +113,63 @@ func TestResolverForgetDuringLookup(t *testing.T) {
 	require.EqualValues(t, 2, got.Epoch, "an answer from before the Forget must not be kept, neither here nor in the shared cache")
 }
 
+// Another process's look-up that began before a change must not put its answer where everybody reads it.
+func TestALookUpThatIsOvertakenByAChangeElsewhereIsNotShared(t *testing.T) {
+	t.Parallel()
+	var epoch atomic.Int64
+	epoch.Store(1)
+	now := func(context.Context, tenant.Host) (tenant.Tenant, error) { return acme(epoch.Load()), nil }
+	begun, end := make(chan struct{}), make(chan struct{})
+	shared := &memory{values: map[tenant.Host][]byte{}}
+	here, third := resolver(t, shared, now), resolver(t, shared, now)
+	slow := resolver(t, shared, func(context.Context, tenant.Host) (tenant.Tenant, error) {
+		was := epoch.Load()
+		close(begun)
+		<-end
+		return acme(was), nil
+	})
+	h := host(t, "acme.localhost")
+	done := make(chan struct{})
+	go func() { defer close(done); _, _ = slow.Resolve(context.Background(), h) }()
+	<-begun
+	epoch.Store(2)
+	here.Bar(t.Context(), h)
+	close(end)
+	<-done
+	for name, r := range map[string]*registry.Resolver{"whoever changed it": here, "a third": third} {
+		got, err := r.Resolve(t.Context(), h)
+		require.NoError(t, err)
+		require.EqualValues(t, 2, got.Epoch, "%s reads the answer from before the change", name)
+	}
+}
+
+// A cache that comes back from a snapshot, or a value that a change could not reach, lives no longer than its time.
+func TestASharedAnswerEndsByItsOwnTime(t *testing.T) {
+	t.Parallel()
+	shared := &memory{values: map[tenant.Host][]byte{}}
+	epoch := int64(1)
+	lookup := func(context.Context, tenant.Host) (tenant.Tenant, error) { return acme(epoch), nil }
+	h := host(t, "acme.localhost")
+	_, err := resolver(t, shared, lookup).Resolve(t.Context(), h)
+	require.NoError(t, err)
+	raw, found := shared.Get(t.Context(), h)
+	require.True(t, found)
+	epoch = 2
+	for moved, want := range map[time.Duration]int64{0: 1, -59 * time.Minute: 1, -61 * time.Minute: 2, 61 * time.Minute: 2} {
+		var value map[string]any
+		require.NoError(t, json.Unmarshal(raw, &value))
+		at, ok := value["At"].(float64)
+		require.True(t, ok, "%s", raw)
+		value["At"] = int64(at) + moved.Milliseconds()
+		aged, err := json.Marshal(value)
+		require.NoError(t, err)
+		shared.Set(t.Context(), h, aged, 0)
+		got, err := resolver(t, shared, lookup).Resolve(t.Context(), h)
+		require.NoError(t, err)
+		require.Equal(t, want, got.Epoch, "a value of %v from now", moved)
+	}
+}
+
 func TestResolverIgnoresGarbageAndErrors(t *testing.T) {
 	t.Parallel()
 	var asked atomic.Int32
@@ -133,6 +191,10 @@ func TestResolverIgnoresGarbageAndErrors(t *testing.T) {
 	got, err := r.Resolve(t.Context(), h)
 	require.NoError(t, err, "an error is not remembered")
 	require.EqualValues(t, 1, got.Number)
+	shared.expire(h)
+	r.Forget(h)
+	_, err = r.Resolve(t.Context(), h)
+	require.NoError(t, err)
 	r.Forget(h)
 	before := asked.Load()
 	_, err = r.Resolve(t.Context(), h)
@@ -159,16 +221,23 @@ func (m *memory) Get(_ context.Context, h tenant.Host) ([]byte, bool) {
 	return v, ok
 }
 
+func (m *memory) Add(_ context.Context, h tenant.Host, v []byte, _ time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, there := m.values[h]; !there {
+		m.values[h] = v
+	}
+}
+
 func (m *memory) Set(_ context.Context, h tenant.Host, v []byte, _ time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.values[h] = v
 }
 
-func (m *memory) Delete(_ context.Context, hs ...tenant.Host) {
+// expire is the end of a value's time to live.
+func (m *memory) expire(h tenant.Host) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, h := range hs {
-		delete(m.values, h)
-	}
+	delete(m.values, h)
 }
