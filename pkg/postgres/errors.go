@@ -71,6 +71,8 @@ func fromState(err error, pe *pgconn.PgError) error {
 		return fault.Wrap(err, fault.Conflict, "it refers to something that is not there, or is still referred to").WithCode("reference")
 	case "23502", "23514", "22001", "22003", "22007", "22008", "22021", "22P02", "22P05":
 		return fault.Wrap(err, fault.Unfit, "a value does not fit").WithCode("value")
+	case "25P03":
+		return unavailable("transaction_idle", "the transaction stood still for too long and was ended")
 	case "57014":
 		return unavailable("statement_timeout", "the statement took too long and was cancelled")
 	case "55P03":
@@ -113,7 +115,7 @@ func connectionLost(err error) bool {
 	var pe *pgconn.PgError
 	if errors.As(err, &pe) {
 		switch pe.Code {
-		case "57P01", "57P02", "57P03":
+		case "57P01", "57P02", "57P03", "57P05":
 			return true
 		}
 		return strings.HasPrefix(pe.Code, "08")

@@ -89,7 +89,7 @@ func (g *group) config(url string, conns int) (*pgxpool.Config, error) {
 	if cc.RuntimeParams["application_name"] == "" {
 		cc.RuntimeParams["application_name"] = "oneo"
 	}
-	cfg.AfterConnect = registerTypes
+	cfg.AfterConnect = g.greet
 	// A cancelled request cancels its statement and keeps its connection.
 	cc.BuildContextWatcherHandler = func(pc *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: pc, CancelRequestDelay: 0, DeadlineDelay: time.Second}
@@ -232,9 +232,41 @@ func (g *group) makeSubPools(inst Installation) error {
 	return nil
 }
 
-// registerTypes makes pgx send and read ids by their bytes; it takes the longer way over their text otherwise.
-func registerTypes(_ context.Context, c *pgx.Conn) error {
+// greet makes pgx send and read ids by their bytes, where it takes the longer way over their text otherwise, and
+// refuses a pooler that would lose prepared statements.
+func (g *group) greet(ctx context.Context, c *pgx.Conn) error {
 	pgxuuid.Register(c.TypeMap())
+	if g.opts.Statements != Prepared {
+		return nil
+	}
+	var pid uint32
+	if err := c.QueryRow(ctx, `select pg_catalog.pg_backend_pid()`, outsideTx).Scan(&pid); err != nil {
+		return err
+	}
+	if pid == c.PgConn().PID() {
+		return nil
+	}
+	// A pooler stands between: the process that answers is not the one that said hello. One that carries prepared
+	// statements gives them names of its own; one that does not leaves ours, on a server connection that is ours only
+	// until the transaction ends.
+	var lost bool
+	err := pgx.BeginFunc(ctx, c, func(tx pgx.Tx) error {
+		if _, err := tx.Prepare(ctx, nameProbe, `select 1`); err != nil {
+			return err
+		}
+		const seen = `select exists (select from pg_catalog.pg_prepared_statements where name = $1)`
+		if err := tx.QueryRow(ctx, seen, outsideTx, nameProbe).Scan(&lost); err != nil {
+			return err
+		}
+		return tx.Conn().Deallocate(ctx, nameProbe)
+	})
+	if err != nil && SQLState(err) != "42P05" { // another client's probe of the same name: it was not carried either
+		return err
+	}
+	if err != nil || lost {
+		return fault.New(fault.Pending, "the pooler at %s carries no prepared statements", place(&c.Config().Config)).
+			WithCode("pooler_unprepared").WithHint("set database.statements to unprepared, or use PgBouncer 1.21 or newer with max_prepared_statements above 0")
+	}
 	return nil
 }
 
@@ -244,7 +276,7 @@ func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
 	// here would keep the place of this connection for good.
 	ctx, cancel := context.WithTimeout(ctx, g.opts.ConnectTimeout)
 	defer cancel()
-	if err := registerTypes(ctx, c); err != nil {
+	if err := g.greet(ctx, c); err != nil {
 		return err
 	}
 	var path string

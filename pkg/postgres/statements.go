@@ -3,7 +3,9 @@ package postgres
 import (
 	"container/list"
 	"context"
-	"strconv"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,7 +27,6 @@ type connState struct {
 	recent *list.List // *ownStatement, most recently used first
 	uses   map[ownKey]struct{}
 	limit  int
-	serial int
 	// stale is set when PostgreSQL said that a prepared statement no longer fits: the connection is then closed.
 	stale bool
 }
@@ -110,7 +111,7 @@ func (st *connState) prepare(ctx context.Context, c *pgx.Conn, key ownKey) (stri
 		if len(st.shared) >= maxSharedStatements {
 			return "", nil
 		}
-		name := st.name("s")
+		name := "s" + textHash(key.sql)
 		if _, err := c.Prepare(ctx, name, key.sql); err != nil {
 			return "", err
 		}
@@ -127,7 +128,7 @@ func (st *connState) prepare(ctx context.Context, c *pgx.Conn, key ownKey) (stri
 		st.recent.Remove(el)
 		delete(st.own, old.key)
 	}
-	name := st.name("t")
+	name := fmt.Sprintf("t%dx%s", key.tenant, textHash(key.sql))
 	if _, err := c.Prepare(ctx, name, key.sql); err != nil {
 		return "", err
 	}
@@ -136,9 +137,11 @@ func (st *connState) prepare(ctx context.Context, c *pgx.Conn, key ownKey) (stri
 	return name, nil
 }
 
-func (st *connState) name(prefix string) string {
-	st.serial++
-	return prefix + strconv.Itoa(st.serial)
+// textHash makes a name from a statement's text, so that on whatever server connection a pooler runs the name it stands
+// for this text, or for nothing.
+func textHash(sql string) string {
+	sum := sha256.Sum256([]byte(sql))
+	return hex.EncodeToString(sum[:8])
 }
 
 // outlived reports whether err says that a prepared statement no longer fits the schema that it was prepared for.

@@ -37,6 +37,7 @@ const (
 const (
 	nameBegin, sqlBegin = "oneo_begin", `begin`
 	nameGate, nameBind  = "oneo_gate", "oneo_bind"
+	nameProbe           = "oneo_probe"
 
 	// The gate comes first and in a statement of its own: a row read in the same statement would come from a snapshot
 	// older than the lock.
