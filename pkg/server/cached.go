@@ -2,8 +2,11 @@ package server
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -63,12 +66,34 @@ func (s *Server) keep(ctx context.Context, t tenant.Tenant, kind, id string, rea
 // bar drops a value that has changed and keeps the old one from coming back. Call it after the commit. A Cache that could
 // not store it must answer with it all the same, here, for as long as it was to be stored: the old value is still there.
 func (s *Server) bar(ctx context.Context, t tenant.Tenant, kind, id string) {
-	if s.opts.Cache == nil {
-		return
+	if s.opts.Cache != nil {
+		bar(ctx, s.opts.Cache, t, kind, id, s.barTime())
 	}
+}
+
+func bar(ctx context.Context, c Cache, t tenant.Tenant, kind, id string, ttl time.Duration) {
 	e, err := json.Marshal(envelope{Number: t.Number, Tenant: t.ID, At: time.Now().UnixMilli(), Barred: true})
 	if err != nil {
 		return
 	}
-	s.opts.Cache.Set(ctx, t, kind, id, e, s.barTime())
+	c.Set(ctx, t, kind, id, e, ttl)
+}
+
+// AccountChange is a change of an account that no Server has made.
+type AccountChange struct {
+	Tenant tenant.Tenant // zero: the account is an administrator's
+	User   uuid.UUID     // whose sessions and keys no longer stand for what they did; zero: nobody's
+	Hashes [][]byte      // of single tokens that have ended
+	TTL    time.Duration // the servers' IdentityTTL and RequestTimeout together
+}
+
+// BarAccount makes the servers ask PostgreSQL who the tokens of a changed account stand for, as a Server's own changes
+// do. What a server remembers in its process ends within its LocalTTL. Call it after the commit.
+func BarAccount(ctx context.Context, c Cache, a AccountChange) {
+	for _, h := range a.Hashes {
+		bar(ctx, c, a.Tenant, "identity", hex.EncodeToString(h), a.TTL)
+	}
+	if a.User != uuid.Nil {
+		bar(ctx, c, a.Tenant, "user", a.User.String(), a.TTL)
+	}
 }

@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -182,6 +183,17 @@ func TestASuspendedTenantIsRefusedThoughItIsRemembered(t *testing.T) {
 	_, err = st.env.Provision.Drop(t.Context(), pgtest.Slug(t, "acme"), time.Hour, "test")
 	require.NoError(t, err)
 	st.doAt(t, stale, scenario{name: "dropped", path: "/api/v1/pipelines", token: token, status: 410, code: "tenant_gone"})
+}
+
+func TestATenantWhoseGroupIsNotConfiguredIsUnavailable(t *testing.T) {
+	st := open(t)
+	elsewhere := st.acme
+	elsewhere.Group = "elsewhere"
+	addr := st.again(t, func(o *server.Options) { o.Resolver = remembered{elsewhere} })
+	a := st.doAt(t, addr, scenario{name: "no group", method: "POST", path: "/api/v1/auth/login", status: 503, code: "unavailable",
+		body: fmt.Sprintf(`{"email":%q,"password":%q}`, adminMail, password), hasNot: []string{"elsewhere", "group", "ONEO_", "hint"}})
+	require.NotEmpty(t, a.header.Get("Retry-After"))
+	require.Contains(t, st.logs.String(), `elsewhere\" is not configured`, "the operator is told")
 }
 
 func TestCrossOriginRequestsAreRefused(t *testing.T) {

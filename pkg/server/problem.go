@@ -62,11 +62,14 @@ type problem struct {
 // outspoken are the codes of unavailability whose sentence is for strangers too: the others name hosts and databases.
 var outspoken = map[string]bool{"provisioning_unavailable": true, "outcome_unknown": true, "tenant_changed": true, "stopping": true}
 
+const notNow = "the service cannot do this at the moment; please try again"
+
 // statusClientGone is logged, never sent: nobody is there to read it.
 const statusClientGone = 499
 
-// problemOf renders what a stranger may know of an error. Of our own trouble (500, and a database that cannot be
-// reached) that is nothing but a code and the request's id: the sentence and the cause are for the log.
+// problemOf renders what a stranger may know of an error. Of our own trouble (500, a database that cannot be reached or
+// has not been set up) that is nothing but a code and the request's id: the sentence, the hint and the cause are for the
+// log.
 func problemOf(err error, requestID, path string) (problem, http.Header) {
 	header := http.Header{}
 	f := fault.Of(err)
@@ -78,8 +81,10 @@ func problemOf(err error, requestID, path string) (problem, http.Header) {
 	case p.Status == http.StatusInternalServerError:
 		p.Code = "internal"
 		p.Detail = "something went wrong on our side; the request id finds it in the log"
+	case f.Kind == fault.Pending: // what is outstanding, down to its code, is the operator's affair
+		p.Code, p.Detail = string(fault.Unavailable), notNow
 	case f.Kind == fault.Unavailable && !outspoken[p.Code]:
-		p.Detail = "the service cannot do this at the moment; please try again"
+		p.Detail = notNow
 	default:
 		p.Detail, p.Hint, p.Errors = f.Message, f.Hint, f.Fields
 		if f.Details != nil {
@@ -139,6 +144,10 @@ func (s *Server) fail(x *exchange, err error) {
 	if errors.Is(err, context.Canceled) && x.r.Context().Err() != nil && !s.stopping.Load() {
 		x.status = statusClientGone
 		return
+	}
+	if x.realm == tenantRealm && fault.Of(err).Code == "unknown_group" {
+		// The tenant's place is not configured at this instance. Nobody at a tenant's host chose it or can mend it.
+		err = fault.Wrap(err, fault.Unavailable, "the tenant's database group is not configured here")
 	}
 	p, header := problemOf(err, x.id, x.r.URL.EscapedPath())
 	for k, v := range header {

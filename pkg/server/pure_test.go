@@ -66,6 +66,8 @@ func TestProblemsTellOnlyWhatAStrangerMayKnow(t *testing.T) {
 		{"internal fault", fault.Wrap(secret, fault.Internal, "t_acme.users is broken").WithCode("t_acme"), 500, "internal", "request id"},
 		{"unavailable", fault.Wrap(secret, fault.Unavailable, "PostgreSQL at 10.0.0.7:5432/oneo cannot be reached").
 			WithCode("database_unreachable").WithHint("t_acme"), 503, "database_unreachable", "try again"},
+		{"not set up", fault.Wrap(secret, fault.Pending, "the login oneo_app_1 has a search path of its own").WithCode("search_path").
+			WithHint("run `oneo init`, which sets it empty"), 503, "unavailable", "try again"},
 		{"deadline", context.DeadlineExceeded, 503, "timeout", "too long"},
 		{"not found", fault.Wrap(secret, fault.NotFound, "there is no such record"), 404, "not_found", "no such record"},
 		{"unknown outcome", fault.Wrap(secret, fault.Unavailable, "the change may or may not have been made").WithCode("outcome_unknown"),
@@ -78,7 +80,7 @@ func TestProblemsTellOnlyWhatAStrangerMayKnow(t *testing.T) {
 			require.Equal(t, tc.code, p.Code, body)
 			require.Contains(t, body, tc.has)
 			require.Contains(t, body, `"request_id":"req-1"`)
-			for _, leak := range []string{"t_acme", "10.0.0.7", "SQLSTATE", "42P01", "relation"} {
+			for _, leak := range []string{"t_acme", "10.0.0.7", "SQLSTATE", "42P01", "relation", "oneo_app", "oneo init", "search_path"} {
 				require.NotContains(t, body, leak)
 			}
 			require.True(t, json.Valid([]byte(body)), body)
