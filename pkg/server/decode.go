@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"reflect"
@@ -243,18 +244,10 @@ func loneSurrogate(body []byte) int {
 // decode reads a body that checkJSON has seen into a struct. A member that the struct does not have is refused (400), a
 // value of another type does not fit (422); both point at the place.
 func decode(body json.RawMessage, into any) error {
-	// encoding/json takes "EMAIL" for "email"; the top level is compared exactly, so that no member has two spellings.
-	var top map[string]json.RawMessage
-	if json.Unmarshal(body, &top) == nil {
-		allowed := members(into)
-		for name := range top {
-			if !slices.Contains(allowed, name) {
-				return unknownMember("/"+escapePointer(name), allowed)
-			}
-		}
+	if err := exactNames(body, reflect.TypeOf(into), ""); err != nil {
+		return err
 	}
 	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
 	d.UseNumber()
 	err := d.Decode(into)
 	var wrongType *json.UnmarshalTypeError
@@ -269,19 +262,17 @@ func decode(body json.RawMessage, into any) error {
 		pointer := "/" + strings.ReplaceAll(wrongType.Field, ".", "/")
 		return badField(pointer, "type", fmt.Sprintf("expected %s, got %s", jsonName(wrongType.Type), wrongType.Value))
 	}
-	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
-		if n, qerr := strconv.Unquote(name); qerr == nil {
-			name = n
-		}
-		return unknownMember(pointerOf(body, name), nil)
-	}
 	return fault.Wrap(err, fault.Unfit, "a value in the body does not fit").WithCode("value")
 }
 
-func unknownMember(pointer string, allowed []string) error {
+func unknownMember(pointer string, allowed []member) error {
 	detail := "it is not known here"
 	if len(allowed) > 0 {
-		detail = "use " + strings.Join(allowed, ", ")
+		names := make([]string, len(allowed))
+		for i, m := range allowed {
+			names[i] = m.name
+		}
+		detail = "use " + strings.Join(names, ", ")
 	}
 	return fault.New(fault.Invalid, "the body has a member that is not known here").WithCode("unknown_member").
 		WithField(fault.Field{Pointer: pointer, Code: "unknown_member", Detail: detail})
@@ -305,53 +296,61 @@ func jsonName(t reflect.Type) string {
 	}
 }
 
-// members lists the names that a struct takes from JSON.
-func members(v any) []string {
-	t := reflect.TypeOf(v)
+// exactNames holds the names in a body to those of the type that it is read into, at every depth: encoding/json takes
+// "EMAIL" for "email", so that one member given in two spellings would lose a value in silence.
+func exactNames(raw json.RawMessage, t reflect.Type, pointer string) error {
 	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
-	names := []string{}
-	if t.Kind() != reflect.Struct {
-		return names
+	if reflect.PointerTo(t).Implements(reflect.TypeFor[json.Unmarshaler]()) {
+		return nil // it reads itself: free JSON, a time
 	}
+	switch t.Kind() {
+	case reflect.Struct:
+		var object map[string]json.RawMessage
+		if json.Unmarshal(raw, &object) != nil {
+			return nil // of another type, which decoding tells
+		}
+		allowed := members(t)
+		for _, name := range slices.Sorted(maps.Keys(object)) {
+			at := pointer + "/" + escapePointer(name)
+			i := slices.IndexFunc(allowed, func(m member) bool { return m.name == name })
+			if i < 0 {
+				return unknownMember(at, allowed)
+			}
+			if err := exactNames(object[name], allowed[i].typ, at); err != nil {
+				return err
+			}
+		}
+	case reflect.Slice, reflect.Array:
+		var array []json.RawMessage
+		if json.Unmarshal(raw, &array) != nil {
+			return nil
+		}
+		for i, v := range array {
+			if err := exactNames(v, t.Elem(), pointer+"/"+strconv.Itoa(i)); err != nil {
+				return err
+			}
+		}
+	default:
+	}
+	return nil
+}
+
+// member is one name that a struct takes from JSON.
+type member struct {
+	name string
+	typ  reflect.Type
+}
+
+// members lists those of a struct.
+func members(t reflect.Type) []member {
+	var ms []member
 	for i := range t.NumField() {
 		name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
 		if name != "" && name != "-" {
-			names = append(names, name)
+			ms = append(ms, member{name, t.Field(i).Type})
 		}
 	}
-	return names
-}
-
-// pointerOf finds where a name first stands in a body, as encoding/json does not say.
-func pointerOf(body []byte, name string) string {
-	var find func(raw json.RawMessage, at string) string
-	find = func(raw json.RawMessage, at string) string {
-		var object map[string]json.RawMessage
-		if json.Unmarshal(raw, &object) == nil {
-			if _, ok := object[name]; ok {
-				return at + "/" + escapePointer(name)
-			}
-			for k, v := range object {
-				if p := find(v, at+"/"+escapePointer(k)); p != "" {
-					return p
-				}
-			}
-			return ""
-		}
-		var array []json.RawMessage
-		if json.Unmarshal(raw, &array) == nil {
-			for i, v := range array {
-				if p := find(v, at+"/"+strconv.Itoa(i)); p != "" {
-					return p
-				}
-			}
-		}
-		return ""
-	}
-	if p := find(body, ""); p != "" {
-		return p
-	}
-	return "/" + escapePointer(name)
+	return ms
 }

@@ -154,18 +154,22 @@ func TestDecodeIsStrict(t *testing.T) {
 		Key string `json:"key"`
 	}
 	type body struct {
-		Name   string  `json:"name"`
-		Age    int     `json:"age"`
-		Fields []inner `json:"fields"`
+		Name   string          `json:"name"`
+		Age    int             `json:"age"`
+		Fields []inner         `json:"fields"`
+		More   *inner          `json:"more"`
+		Free   json.RawMessage `json:"free"`
 	}
 	for _, tc := range []struct {
 		name, body, code, pointer string
 		kind                      fault.Kind
 	}{
-		{"fits", `{"name":"x","age":3,"fields":[{"key":"a"}]}`, "", "", ""},
+		{"fits", `{"name":"x","age":3,"fields":[{"key":"a"}],"more":null,"free":{"Key":[{"KEY":1}]}}`, "", "", ""},
 		{"unknown", `{"nme":"x"}`, "unknown_member", "/nme", fault.Invalid},
 		{"another case", `{"Name":"x"}`, "unknown_member", "/Name", fault.Invalid},
 		{"unknown within", `{"name":"x","fields":[{"key":"a"},{"ky":"b"}]}`, "unknown_member", "/fields/1/ky", fault.Invalid},
+		{"another case within", `{"fields":[{"key":"a"},{"key":"b","Key":"c"}]}`, "unknown_member", "/fields/1/Key", fault.Invalid},
+		{"another case behind a pointer", `{"more":{"Key":"a"}}`, "unknown_member", "/more/Key", fault.Invalid},
 		{"wrong type", `{"age":"three"}`, "value", "/age", fault.Unfit},
 		{"no whole number", `{"age":1.5}`, "value", "/age", fault.Unfit},
 		{"array", `[1]`, "value", "", fault.Unfit},
@@ -175,7 +179,7 @@ func TestDecodeIsStrict(t *testing.T) {
 			err := decode([]byte(tc.body), &into)
 			if tc.code == "" {
 				require.NoError(t, err)
-				require.Equal(t, body{"x", 3, []inner{{"a"}}}, into)
+				require.Equal(t, body{"x", 3, []inner{{"a"}}, nil, json.RawMessage(`{"Key":[{"KEY":1}]}`)}, into)
 				return
 			}
 			require.Error(t, err)
