@@ -158,7 +158,7 @@ func (s *Server) listTenants(ctx context.Context, r *Request, tx Tx) (Reply, err
 	if r.query.Has("state") {
 		for name := range strings.SplitSeq(r.Query("state"), ",") {
 			st, err := tenant.ParseState(name)
-			if err != nil {
+			if err != nil || st == tenant.Purged { // of a purged one nothing is left to list
 				return Reply{}, badParameter("state", "state must be one or more of creating, active, suspended, dropped, separated by commas")
 			}
 			f.States = append(f.States, st)

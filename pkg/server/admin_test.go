@@ -167,7 +167,7 @@ func TestAdministratorsListTenants(t *testing.T) {
 	first := get("?limit=2")
 	require.Equal(t, []string{"acme", "acme-berlin"}, slugs(first))
 	require.Equal(t, []string{"globex"}, slugs(get("?limit=2&cursor="+first.text(t, "page", "next_cursor"))))
-	for query, parameter := range map[string]string{"?state=alive": "state", "?limit=0": "limit", "?slug=acme": "slug", "?state=active&cursor=" + first.text(t, "page", "next_cursor"): "cursor"} {
+	for query, parameter := range map[string]string{"?state=alive": "state", "?state=purged": "state", "?state=active,purged": "state", "?limit=0": "limit", "?slug=acme": "slug", "?state=active&cursor=" + first.text(t, "page", "next_cursor"): "cursor"} {
 		st.do(t, scenario{name: query, host: "localhost", path: tenants + query, token: root, status: 400, has: []string{`"parameter":"` + parameter + `"`}})
 	}
 }
