@@ -47,7 +47,8 @@ type ListQuery struct {
 	Count      Count
 }
 
-// Page is a part of a list.
+// Page is a part of a list. Without records it may still have a next one: the page before a record that has become the
+// first is empty, and what follows it is the list from its beginning.
 type Page struct {
 	Records []Record
 	HasNext bool
@@ -94,14 +95,13 @@ func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQue
 		where += "not "
 	}
 	where += "null"
-	var counted string
 	if probe != nil {
 		where += " and r.data @> " + arg(probe)
 	}
-	countArgs := slices.Clone(args)
-	counted = "select count(*)" + where
-	if l.Fields != nil { // the count has no use for it, and PostgreSQL wants every parameter used
-		counted += " and $2::text[] is not null"
+	// What selects the records, without their place in the list: for the count, and for what lies beyond a page.
+	selected, selectedArgs := where, slices.Clone(args)
+	if l.Fields != nil { // these have no use for it, and PostgreSQL wants every parameter used
+		selected += " and $2::text[] is not null"
 	}
 	// Towards the page before, the list is walked backwards and turned round.
 	back := l.Before != nil
@@ -145,11 +145,20 @@ func List(ctx context.Context, q postgres.Querier, pipelineKey string, l ListQue
 	page.HasNext, page.HasPrev = more, l.After != nil
 	if back {
 		slices.Reverse(page.Records)
-		page.HasNext, page.HasPrev = true, more
+		page.HasPrev = more
+		// The record that the page ends before, and all behind it, may have gone.
+		compare := " >= "
+		if l.Descending {
+			compare = " <= "
+		}
+		beyond := "select exists (select" + selected + " and r.id" + compare + "$" + strconv.Itoa(len(selectedArgs)+1) + ")"
+		if err := q.QueryRow(ctx, beyond, append(selectedArgs, *l.Before)...).Scan(&page.HasNext); err != nil {
+			return page, err
+		}
 	}
 	if l.Count == CountExact {
 		var n int64
-		if err := q.QueryRow(ctx, counted, countArgs...).Scan(&n); err != nil {
+		if err := q.QueryRow(ctx, "select count(*)"+selected, selectedArgs...).Scan(&n); err != nil {
 			return page, err
 		}
 		page.Count = &n

@@ -82,6 +82,28 @@ func TestListPages(t *testing.T) {
 	walk(l, "t6", "t4", "t2", "t0")
 }
 
+func TestABackwardPageLooksBeyondItself(t *testing.T) {
+	s := numbered(t, 4) // t0 and t2 are won
+	all := s.list("deals", crm.ListQuery{Limit: 10, Count: crm.CountNone}).Records
+	for _, c := range []struct {
+		l    crm.ListQuery
+		want bool
+	}{
+		{crm.ListQuery{Before: &all[3].ID}, true},
+		{crm.ListQuery{Before: &all[3].ID, Fields: []string{"title"}}, true},
+		{crm.ListQuery{Before: &all[0].ID}, true},
+		{crm.ListQuery{Before: &all[2].ID, Filter: `stage = "won"`}, true},
+		{crm.ListQuery{Before: &all[3].ID, Filter: `stage = "won"`}, false},
+		{crm.ListQuery{Before: &all[3].ID, Filter: `stage = "won"`, Fields: []string{"title"}}, false},
+		{crm.ListQuery{Before: &all[0].ID, Descending: true}, true},
+		{crm.ListQuery{Before: &all[0].ID, Descending: true, Filter: `stage = "lost"`}, false},
+		{crm.ListQuery{Before: &all[3].ID, Trash: true}, false},
+	} {
+		c.l.Limit, c.l.Count = 10, crm.CountExact
+		require.Equal(t, c.want, s.list("deals", c.l).HasNext, "%+v", c.l)
+	}
+}
+
 // A page is bounded by what it holds, not by the number of its records alone, and paging goes on where it ended.
 func TestLargeRecordsMakeShortPages(t *testing.T) {
 	s := open(t)

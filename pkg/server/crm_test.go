@@ -153,6 +153,45 @@ func TestRecordLists(t *testing.T) {
 	st.do(t, scenario{name: "globex has none", host: "globex.localhost", path: deals, token: globex, status: 200, hasNot: []string{"t0", "t1"}})
 }
 
+func TestABackwardPageKnowsWhatHasGone(t *testing.T) {
+	st, _, member, viewer := withDeals(t)
+	var ids []string
+	for i := range 4 {
+		ids = append(ids, st.do(t, scenario{name: "create", method: "POST", path: deals, token: member, body: fmt.Sprintf(`{"data":{"title":"t%d"}}`, i), status: 201}).text(t, "id"))
+	}
+	get := func(query string) answer {
+		t.Helper()
+		return st.do(t, scenario{name: query, path: deals + query, token: viewer, status: 200})
+	}
+	trash := func(i int) {
+		t.Helper()
+		st.do(t, scenario{name: "trash", method: "DELETE", path: deals + "/" + ids[i], token: member, status: 200})
+	}
+	second := get("?limit=2&cursor=" + get("?limit=2").text(t, "page", "next_cursor"))
+	back := "?limit=2&cursor=" + second.text(t, "page", "prev_cursor")
+	a := get(back)
+	require.Equal(t, true, a.get(t, "page", "has_more"))
+	require.Contains(t, a.body, ids[1])
+
+	trash(0)
+	trash(1)
+	a = get(back)
+	require.Equal(t, []any{}, a.get(t, "data"))
+	require.Equal(t, true, a.get(t, "page", "has_more"))
+	require.Nil(t, a.get(t, "page", "prev_cursor"))
+	a = get("?limit=2&cursor=" + a.text(t, "page", "next_cursor"))
+	require.Contains(t, a.body, ids[2])
+	require.Contains(t, a.body, ids[3])
+	require.Nil(t, a.get(t, "page", "prev_cursor"))
+
+	trash(2)
+	trash(3)
+	a = get(back)
+	require.Equal(t, []any{}, a.get(t, "data"))
+	require.Equal(t, false, a.get(t, "page", "has_more"))
+	require.Nil(t, a.get(t, "page", "next_cursor"))
+}
+
 func TestPipelines(t *testing.T) {
 	st, admin, member, _ := withDeals(t)
 	const p = "/api/v1/pipelines"

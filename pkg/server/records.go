@@ -76,6 +76,11 @@ func (s *Server) listRecords(ctx context.Context, r *Request, tx Tx) (Reply, err
 	out := list{Data: found.Records, Page: page{HasMore: found.HasNext, Limit: limit, Count: found.Count}}
 	if n := len(found.Records); n == 0 {
 		out.Data = []crm.Record{}
+		if found.HasNext { // what was before the cursor has gone: the list goes on at its beginning
+			if out.Page.NextCursor, err = s.cursor(scope, place{}); err != nil {
+				return Reply{}, err
+			}
+		}
 	} else {
 		if found.HasNext {
 			if out.Page.NextCursor, err = s.cursor(scope, place{After: &found.Records[n-1].ID}); err != nil {
