@@ -92,6 +92,8 @@ type change struct {
 	schema func(ctx context.Context, tx *postgres.OwnerTx) error // must be safe to repeat
 	finish func(ctx context.Context, q postgres.Querier) error   // must be safe to repeat
 	undo   func(ctx context.Context, q postgres.Querier) error   // takes begin back when schema cannot succeed; may be nil
+	// made asks the placement whether schema has been made: then the change only goes forward.
+	made func(ctx context.Context, tx *postgres.OwnerTx) (bool, error)
 }
 
 // run carries a change out, as the operation op where it already is one, and returns the tenant as it is then.
@@ -127,6 +129,11 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	schema := func(tx *postgres.OwnerTx) error {
 		if err := tx.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
 			return err
+		}
+		if op != nil && op.Begun {
+			if err := p.stillRunning(ctx, op); err != nil {
+				return err
+			}
 		}
 		if err := c.schema(ctx, tx); err != nil {
 			return err
@@ -227,14 +234,15 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 		})
 	}
 	if *op == nil || !(*op).Begun {
+		begun := *op
 		err := inMain(func(tx *postgres.OwnerTx) error {
 			if err := p.exclude(ctx, tx, c, *op); err != nil {
 				return err
 			}
 			return begin(tx)
 		}, func(tx *postgres.OwnerTx) error {
-			if *op != nil {
-				return registry.MarkBegun(ctx, tx, (*op).ID, c.request)
+			if begun != nil {
+				return registry.MarkBegun(ctx, tx, begun.ID, c.request)
 			}
 			o, err := registry.Begin(ctx, tx, c.kind, c.tenant, c.actor, c.request)
 			*op = &o
@@ -243,6 +251,7 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 		if err != nil {
 			return err
 		}
+		(*op).Begun = true
 	}
 	defer p.beat(ctx, **op)()
 	err := p.patiently(ctx, func() error { return p.o.DB.AsOwner(ctx, c.tenant.Group, schema) })
@@ -250,17 +259,43 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 		if retryable(err) {
 			return err // the operation stays open and is resumed
 		}
-		undo := inMain(func(tx *postgres.OwnerTx) error {
+		return errors.Join(err, p.takeBack(ctx, c, *op, p.named(err, c), inMain))
+	}
+	return inMain(finish)
+}
+
+// takeBack undoes the beginning of an operation whose schema cannot be made, and fails it, in one transaction. What an
+// earlier attempt has made stays: then the operation stays open too, and is finished later. The operation lock keeps a
+// process that was taken for dead from making the schema meanwhile.
+func (p *Provisioner) takeBack(ctx context.Context, c change, op *registry.Operation, cause error, inMain func(...func(*postgres.OwnerTx) error) error) error {
+	return p.o.DB.AsOwner(ctx, c.tenant.Group, func(there *postgres.OwnerTx) error {
+		if err := there.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
+			return err
+		}
+		made, err := c.made(ctx, there)
+		if err != nil || made {
+			return err
+		}
+		return inMain(func(tx *postgres.OwnerTx) error {
 			if c.undo != nil {
 				if err := c.undo(ctx, tx); err != nil {
 					return err
 				}
 			}
-			return registry.Fail(ctx, tx, (*op).ID, fault.Of(err))
+			return registry.Fail(ctx, tx, op.ID, fault.Of(cause))
 		})
-		return errors.Join(err, undo)
-	}
-	return inMain(finish)
+	})
+}
+
+// stillRunning refuses to go on with an operation that somebody else has ended, having taken this process for dead.
+func (p *Provisioner) stillRunning(ctx context.Context, op *registry.Operation) error {
+	return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		now, err := registry.OperationByID(ctx, tx, op.ID)
+		if err == nil && now.State != registry.Running {
+			return fault.New(fault.Conflict, "the operation has ended already").WithCode("operation_over")
+		}
+		return err
+	})
 }
 
 // retryable reports whether the same step may succeed later.

@@ -436,3 +436,95 @@ func TestLivingOperationIsNotTakenOver(t *testing.T) {
 	require.True(t, errors.Is(err, context.DeadlineExceeded) || fault.Is(err, fault.Locked) || fault.Is(err, fault.Unavailable), "%v", err)
 	require.Equal(t, "active", f.scalar(t, `select state from public.tenants where slug = 'acme'`), "nothing was done over the head of a living operation")
 }
+
+// brief is a provisioner that waits for nothing long.
+func (f fixture) brief(t *testing.T) *provision.Provisioner {
+	t.Helper()
+	p, err := provision.New(provision.Options{
+		DB: f.db, Migrate: f.m, BaseDomain: host(t, "localhost"), DropGrace: time.Hour, DomainHold: time.Hour,
+		GateWait: 50 * time.Millisecond, StaleAfter: 20 * time.Millisecond, Logger: postgres.DefaultOptions().Logger,
+	})
+	require.NoError(t, err)
+	return p
+}
+
+// An operation that has begun in two databases is never given up half-made, however often it was tried in vain.
+func TestBegunOperationIsNotGivenUp(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "second")
+	ctx, acme := t.Context(), pgtest.Slug(t, "acme")
+	p := f.brief(t)
+	r := provision.CreateRequest{Slug: acme, Group: "second", Actor: "test"}
+	verbs := map[string]func() error{
+		"create": func() error { _, err := p.Create(ctx, r); return err },
+		"rename": func() error {
+			_, err := p.Rename(ctx, acme, provision.RenameRequest{Slug: pgtest.Slug(t, "globex"), Schema: pgtest.Slug(t, "globex").Schema(), Actor: "test"})
+			return err
+		},
+	}
+	number := func() (n int32) {
+		require.NoError(t, pgtest.Admin(t, f.env.AdminURL).QueryRow(ctx, `select coalesce((select max(number) from public.tenants), (select last_value + is_called::int from public.tenant_numbers))`).Scan(&n))
+		return n
+	}
+	for _, what := range []string{"create", "rename"} {
+		require.NoError(t, f.db.AsOwner(ctx, "second", func(tx *postgres.OwnerTx) error {
+			got, err := tx.TryOperationLock(ctx, number())
+			require.NoError(t, err)
+			require.True(t, got)
+			require.Truef(t, fault.Is(verbs[what](), fault.Locked), "%s must find the tenant locked", what)
+			f.scalar(t, `with u as (update public.operations set attempts = 1000 where state = 'running' returning 1) select count(*)::text from u`)
+			require.Truef(t, fault.Is(verbs[what](), fault.Locked), "%s must find the tenant locked again", what)
+			return nil
+		}))
+		require.Equalf(t, "running", f.scalar(t, `select state from public.operations order by id desc limit 1`), "%s may still succeed", what)
+		if err := verbs[what](); err != nil {
+			require.Equalf(t, "tenant_exists", fault.Of(err).Code, "%s, doing it again: %v", what, err)
+		}
+		f.invariants(t)
+	}
+	require.Equal(t, "globex active", f.scalar(t, `select slug || ' ' || state from public.tenants`))
+}
+
+// What cannot succeed is taken back, in both databases.
+func TestImpossibleRenameIsTakenBack(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "second")
+	f.create(t, "acme", "second")
+	c := pgtest.Admin(t, f.adminURL("second"))
+	_, err := c.Exec(t.Context(), `create schema globex`)
+	require.NoError(t, err)
+	_, err = f.p.Rename(t.Context(), pgtest.Slug(t, "acme"), provision.RenameRequest{Slug: pgtest.Slug(t, "globex"), Schema: pgtest.Slug(t, "globex").Schema(), Actor: "test"})
+	requireFault(t, err, fault.Conflict, "schema_exists")
+	require.Equal(t, "acme acme active", f.scalar(t, `select slug || ' ' || schema || ' ' || state from public.tenants`))
+	require.Equal(t, "failed", f.scalar(t, `select state from public.operations order by id desc limit 1`))
+	_, err = c.Exec(t.Context(), `drop schema globex`)
+	require.NoError(t, err)
+	f.invariants(t)
+}
+
+// A tenant that stands half-made with no operation to finish it is finished or made anew by creating it.
+func TestHalfMadeIsTakenUp(t *testing.T) {
+	t.Parallel()
+	for _, made := range []bool{true, false} {
+		t.Run(fmt.Sprintf("made %t", made), func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, "second")
+			ctx, acme := t.Context(), pgtest.Slug(t, "acme")
+			if made {
+				f.create(t, "acme", "second")
+				f.scalar(t, `with u as (update public.tenants set state = 'creating' returning 1) select count(*)::text from u`)
+			} else {
+				f.scalar(t, `with g as (insert into public.groups (name) values ('second') on conflict do nothing), i as (
+	insert into public.tenants (slug, schema, name, group_name, state) values ('acme', 'acme', 'acme', 'second', 'creating') returning 1) select count(*)::text from i`)
+			}
+			_, err := f.p.Drop(ctx, acme, 0, "test")
+			requireFault(t, err, fault.Conflict, "wrong_state")
+			require.Contains(t, fault.Of(err).Hint, "oneo tenant create acme")
+			if _, err := f.p.Create(ctx, provision.CreateRequest{Slug: acme, Group: "second", Actor: "test"}); err != nil {
+				require.Equalf(t, "tenant_exists", fault.Of(err).Code, "%v", err)
+			}
+			require.Equal(t, "active", f.scalar(t, `select state from public.tenants`))
+			f.invariants(t)
+		})
+	}
+}

@@ -74,7 +74,7 @@ func (p *Provisioner) Create(ctx context.Context, r CreateRequest) (tenant.Tenan
 	if err := p.checkCreate(&r); err != nil {
 		return tenant.Tenant{}, err
 	}
-	number, err := p.reserve(ctx, r.Slug)
+	number, err := p.reserve(ctx, r.Slug, r.Actor)
 	if err != nil {
 		return tenant.Tenant{}, err
 	}
@@ -127,7 +127,8 @@ func (p *Provisioner) checkCreate(r *CreateRequest) error {
 }
 
 // reserve takes a number for a tenant whose name nobody has.
-func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug) (number int32, err error) {
+func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor string) (number int32, err error) {
+	settled := false
 	for {
 		var taken bool
 		err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
@@ -144,6 +145,12 @@ func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug) (number int
 			continue
 		case err != nil:
 			return 0, err
+		case t.State == tenant.Creating && !settled:
+			settled = true
+			if _, err := p.run(ctx, p.settling(t, actor), nil); err != nil && !notMade(err) {
+				return 0, err
+			}
+			continue
 		case t.State == tenant.Creating:
 			return 0, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
 		}
@@ -188,14 +195,71 @@ func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int3
 			if state == tenant.Active {
 				return nil
 			}
-			_, err := q.Exec(ctx, `update public.tenants set state = 'active', updated_at = now() where number = $1 and state = 'creating'`, number)
-			return err
+			return created(ctx, q, number)
 		},
-		undo: func(ctx context.Context, q postgres.Querier) error {
-			_, err := q.Exec(ctx, `delete from public.tenants where number = $1 and state = 'creating'`, number)
-			return err
-		},
+		undo: func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, number) },
+		made: placed(number),
 	}, nil
+}
+
+func created(ctx context.Context, q postgres.Querier, number int32) error {
+	_, err := q.Exec(ctx, `update public.tenants set state = 'active', updated_at = now() where number = $1 and state = 'creating'`, number)
+	return err
+}
+
+func uncreated(ctx context.Context, q postgres.Querier, number int32) error {
+	_, err := q.Exec(ctx, `delete from public.tenants where number = $1 and state = 'creating'`, number)
+	return err
+}
+
+// placed asks whether the tenant has a placement; with conditions, one that meets them.
+func placed(number int32, conditions ...string) func(context.Context, *postgres.OwnerTx) (bool, error) {
+	query := `select exists (select from public.placements where number = $1`
+	args := []any{number}
+	for i := 0; i+1 < len(conditions); i += 2 { // a column of our own and its value
+		args = append(args, conditions[i+1])
+		query += fmt.Sprintf(" and %s = $%d", conditions[i], len(args))
+	}
+	query += ")"
+	return func(ctx context.Context, tx *postgres.OwnerTx) (is bool, err error) {
+		return is, tx.QueryRow(ctx, query, args...).Scan(&is)
+	}
+}
+
+const codeNotMade = "not_made"
+
+func notMade(err error) bool {
+	var f *fault.Fault
+	return errors.As(err, &f) && f.Code == codeNotMade
+}
+
+// settling ends a creation that stands half-made with no operation to finish it: where its schema was made it becomes
+// a tenant, otherwise its name is free again and the error is notMade.
+func (p *Provisioner) settling(t tenant.Tenant, actor string) change {
+	return change{
+		kind: KindCreate, point: "create", tenant: t, actor: actor,
+		request: request{Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group, Name: t.Name},
+		details: map[string]any{"schema": t.Schema.String(), "group": t.Group},
+		begin: func(ctx context.Context, q postgres.Querier) error {
+			const keep = `select from public.tenants where number = $1 and state = 'creating' and not exists (
+	select from public.operations where tenant = $1 and state = 'running') for update`
+			tag, err := q.Exec(ctx, keep, t.Number)
+			if err == nil && tag.RowsAffected() == 0 {
+				return fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithRetry(time.Second)
+			}
+			return err
+		},
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			made, err := placed(t.Number)(ctx, tx)
+			if err == nil && !made {
+				return fault.New(fault.Conflict, "the tenant's creation had not got as far as its schema").WithCode(codeNotMade)
+			}
+			return err
+		},
+		finish: func(ctx context.Context, q postgres.Querier) error { return created(ctx, q, t.Number) },
+		undo:   func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, t.Number) },
+		made:   placed(t.Number),
+	}
 }
 
 // room refuses a group that is unknown, closed or full.
@@ -305,6 +369,7 @@ func (p *Provisioner) stateChange(t tenant.Tenant, kind, point string, state ten
 	return change{
 		kind: kind, point: point, tenant: t, actor: actor, request: request{Slug: t.Slug.String()},
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error { return setState(ctx, tx, t.Number, state) },
+		made:   placed(t.Number, "state", string(state)),
 		finish: func(ctx context.Context, q postgres.Querier) error {
 			_, err := q.Exec(ctx, setTenantState, t.Number, string(state))
 			return err
@@ -313,6 +378,9 @@ func (p *Provisioner) stateChange(t tenant.Tenant, kind, point string, state ten
 }
 
 func wrongState(t tenant.Tenant, verb string, hint string) error {
+	if t.State == tenant.Creating {
+		hint = "oneo tenant create " + t.Slug.String() + " finishes it, or makes it anew"
+	}
 	return fault.New(fault.Conflict, "the tenant %s is %s and cannot be %s", t.Slug, t.State, verb).
 		WithCode("wrong_state").WithTenant(t.Slug.String()).WithHint("%s", hint)
 }
@@ -372,6 +440,7 @@ func (p *Provisioner) dropping(t tenant.Tenant, grace time.Duration, actor strin
 			}
 			return moveSchema(ctx, tx, t.Number, droppedSchema(t.Number))
 		},
+		made: placed(t.Number, "state", string(tenant.Dropped)),
 		finish: func(ctx context.Context, q postgres.Querier) error {
 			const drop = `update public.tenants set state_before = case state when 'suspended' then 'suspended' else 'active' end,
 	state = 'dropped', epoch = epoch + 1, dropped_at = now(), purge_after = now() + $2::interval, updated_at = now()
@@ -432,6 +501,7 @@ func (p *Provisioner) undropping(ctx context.Context, t tenant.Tenant, actor str
 			}
 			return moveSchema(ctx, tx, t.Number, t.Schema.String())
 		},
+		made: placed(t.Number, "state", before),
 		finish: func(ctx context.Context, q postgres.Querier) error {
 			const undrop = `update public.tenants set state = coalesce(state_before, 'active'), state_before = null,
 	epoch = epoch + 1, cache_generation = cache_generation + 1, dropped_at = null, purge_after = null, updated_at = now()
@@ -479,6 +549,10 @@ func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string
 			}
 			_, err := tx.Exec(ctx, `delete from public.placements where number = $1`, t.Number)
 			return err
+		},
+		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
+			there, err := placed(t.Number)(ctx, tx)
+			return !there, err
 		},
 		finish: func(ctx context.Context, q postgres.Querier) error {
 			if p.o.DomainHold > 0 {
@@ -592,6 +666,12 @@ func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
 			renamed := t
 			renamed.Slug = r.Slug
 			return p.renameInRegistry(ctx, q, renamed, t.Slug, t.Schema.String(), t.Name)
+		},
+		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
+			if r.Schema == t.Schema { // nothing is to be made there
+				return false, nil
+			}
+			return placed(t.Number, "schema", r.Schema.String())(ctx, tx)
 		},
 	}
 }

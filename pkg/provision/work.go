@@ -126,7 +126,8 @@ func (p *Provisioner) numberFor(ctx context.Context, tx *postgres.OwnerTx, op re
 }
 
 // carryOut does what a running operation asks for, from where it was left, and ends it. Failures that may pass leave
-// it running: it is taken up again when it has gone stale.
+// it running: it is taken up again when it has gone stale. One that has begun is never failed here: half of it stands,
+// and only run knows how to take that back.
 func (p *Provisioner) carryOut(ctx context.Context, op registry.Operation) error {
 	stop := p.beat(ctx, op)
 	defer stop()
@@ -140,7 +141,7 @@ func (p *Provisioner) carryOut(ctx context.Context, op registry.Operation) error
 	if err == nil {
 		return nil
 	}
-	if retryable(err) && op.Attempts < maxAttempts || ctx.Err() != nil {
+	if op.Begun || retryable(err) && op.Attempts < maxAttempts || ctx.Err() != nil {
 		return err
 	}
 	return errors.Join(err, p.end(ctx, op, err))

@@ -147,10 +147,11 @@ order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next)))
 }
 
-// NextInterrupted locks the oldest running operation whose process has given no sign for as long as stale.
+// NextInterrupted locks the oldest running operation whose process has given no sign for as long as stale; after each
+// attempt for twice as long, up to 64 times, so that what cannot be done at the moment is not tried all the time.
 func NextInterrupted(ctx context.Context, q postgres.Querier, stale time.Duration) (Operation, bool, error) {
 	const next = `select ` + operationColumns + ` from public.operations where state = 'running'
-and coalesce(heartbeat, created_at) < now() - $1::interval order by created_at, id limit 1 for update skip locked`
+and coalesce(heartbeat, created_at) < now() - $1::interval * power(2, least(greatest(attempts - 1, 0), 6)) order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next, stale)))
 }
 

@@ -301,6 +301,30 @@ func TestOperationsAreClaimedOnce(t *testing.T) {
 	requireFault(t, err, fault.NotFound, "unknown_operation")
 }
 
+// What has failed before is left alone for longer, and taken up again all the same.
+func TestInterruptedOperationsBackOff(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme := env.Tenant(t, "acme")
+	for _, c := range []struct {
+		attempts int
+		silent   string
+		want     bool
+	}{{1, "5 seconds", false}, {1, "15 seconds", true}, {4, "15 seconds", false}, {4, "90 seconds", true}, {1000, "9 minutes", false}, {1000, "11 minutes", true}} {
+		ctx := t.Context()
+		require.NoError(t, env.DB.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+			op, err := registry.Begin(ctx, tx, "tenant.suspend", acme, "test", nil)
+			require.NoError(t, err)
+			_, err = tx.Exec(ctx, `update public.operations set attempts = $2, heartbeat = now() - $3::text::interval where id = $1`, op.ID, c.attempts, c.silent)
+			require.NoError(t, err)
+			_, found, err := registry.NextInterrupted(ctx, tx, 10*time.Second)
+			require.NoError(t, err)
+			require.Equalf(t, c.want, found, "%+v", c)
+			return registry.Finish(ctx, tx, op.ID, nil)
+		}))
+	}
+}
+
 func mustSlug(s string) tenant.Slug {
 	slug, err := tenant.ParseSlug(s)
 	if err != nil {
