@@ -95,15 +95,15 @@ func problemOf(err error, requestID, path string) (problem, http.Header) {
 	}
 	p.Title = http.StatusText(p.Status)
 	p.Type = "urn:oneo:problem:" + p.Code
-	switch p.Status {
-	case http.StatusUnauthorized:
+	switch {
+	case p.Status == http.StatusUnauthorized:
 		header.Set("WWW-Authenticate", `Bearer realm="oneo"`)
-	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
+	case p.Code == "outcome_unknown":
+		// Clients repeat by themselves what has a Retry-After, and this change may have been made.
+	case p.Status == http.StatusServiceUnavailable, p.Status == http.StatusTooManyRequests:
 		header.Set("Retry-After", retryAfter(max(f.Retry, time.Second)))
-	default:
-		if f.Retry > 0 {
-			header.Set("Retry-After", retryAfter(f.Retry))
-		}
+	case f.Retry > 0:
+		header.Set("Retry-After", retryAfter(f.Retry))
 	}
 	return p, header
 }

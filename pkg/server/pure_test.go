@@ -70,7 +70,7 @@ func TestProblemsTellOnlyWhatAStrangerMayKnow(t *testing.T) {
 			WithHint("run `oneo init`, which sets it empty"), 503, "unavailable", "try again"},
 		{"deadline", context.DeadlineExceeded, 503, "timeout", "too long"},
 		{"not found", fault.Wrap(secret, fault.NotFound, "there is no such record"), 404, "not_found", "no such record"},
-		{"unknown outcome", fault.Wrap(secret, fault.Unavailable, "the change may or may not have been made").WithCode("outcome_unknown"),
+		{"unknown outcome", fault.Wrap(secret, fault.Unavailable, "the change may or may not have been made").WithCode("outcome_unknown").WithRetry(time.Second),
 			503, "outcome_unknown", "may or may not"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -84,7 +84,9 @@ func TestProblemsTellOnlyWhatAStrangerMayKnow(t *testing.T) {
 				require.NotContains(t, body, leak)
 			}
 			require.True(t, json.Valid([]byte(body)), body)
-			if tc.status == 503 {
+			if tc.code == "outcome_unknown" {
+				require.Empty(t, header.Values("Retry-After"), "nobody is asked to repeat what may have been done")
+			} else if tc.status == 503 {
 				require.NotEmpty(t, header.Get("Retry-After"))
 			}
 		})

@@ -155,6 +155,11 @@ func (s *Server) handle(ctx context.Context, x *exchange, params gin.Params, rt 
 		return Reply{}, nil, fault.New(fault.Unavailable, "this instance cannot provision: it has no owner's connection to PostgreSQL").
 			WithCode("provisioning_unavailable")
 	}
+	if rt.method != http.MethodGet && len(x.r.Header.Values("Idempotency-Key")) > 0 {
+		// Whoever sends it will repeat the request: better not at all than twice.
+		return Reply{}, nil, fault.New(fault.Invalid, "Idempotency-Key is not supported yet: repeating this request would do it again").
+			WithCode("not_supported").WithHint("leave the header out; after a lost answer, look whether the change is there before repeating it")
+	}
 	r := &Request{
 		Tenant: x.tenant, Host: x.host, Identity: x.identity, ID: x.id, Client: x.client, x: x, params: params,
 	}
