@@ -3,7 +3,7 @@
 //
 // It promises: each step runs in one transaction together with its ledger row, under the tenant's operation lock, so
 // that it is applied exactly once, however many processes try and wherever one is killed; a step whose file was changed
-// after it had been applied anywhere is refused before anything is done; and the question who is behind is one query
+// after it had been applied anywhere is refused before anything of its set is done; and the question who is behind is one query
 // for each database, whose cost does not grow with the number of tenants.
 package migrate
 
@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -110,7 +111,7 @@ func (m *Migrator) Shared(ctx context.Context) (Result, error) {
 		if err != nil {
 			return res, err
 		}
-		if _, err := m.contents(ctx, group); err != nil {
+		if _, err := m.contents(ctx, group, GroupSet, SharedSet); err != nil {
 			return res, err
 		}
 		for _, set := range sets {
@@ -134,10 +135,11 @@ func (m *Migrator) Shared(ctx context.Context) (Result, error) {
 }
 
 // SharedBehind returns nil when the shared schema of every group is at its head, and otherwise a fault of kind Pending
-// that says what to run; a database newer than this binary is Conflict.
+// that says what to run; a database newer than this binary is Conflict. The tenants' own migrations are not its
+// business: a newer binary that has begun with them must not stop the servers that still run.
 func (m *Migrator) SharedBehind(ctx context.Context) error {
 	for _, group := range m.db.Groups() {
-		heads, err := m.contents(ctx, group)
+		heads, err := m.contents(ctx, group, GroupSet, SharedSet)
 		if err != nil {
 			return err
 		}
@@ -200,7 +202,11 @@ func (m *Migrator) apply(ctx context.Context, group string, set Set, number int3
 				if at >= m.Head(set) {
 					return nil
 				}
-				if _, err := m.readHeads(ctx, tx, contentsQuery, nil, func(Behind) {}); err != nil {
+				checked := []Set{GroupSet, SharedSet}
+				if set == TenantSet {
+					checked = []Set{TenantSet}
+				}
+				if _, err := m.readHeads(ctx, tx, contentsQuery, nil, checked, func(Behind) {}); err != nil {
 					return err
 				}
 				next := m.sets[set][at]
@@ -319,22 +325,22 @@ select 'behind', p.version, null, p.number from public.placements p where p.stat
 // after they had been applied.
 func (m *Migrator) TenantsBehind(ctx context.Context, group string) ([]Behind, error) {
 	var behind []Behind
-	_, err := m.readContents(ctx, group, behindQuery, []any{m.Head(TenantSet)}, func(b Behind) { behind = append(behind, b) })
+	_, err := m.readContents(ctx, group, behindQuery, []any{m.Head(TenantSet)}, []Set{TenantSet}, func(b Behind) { behind = append(behind, b) })
 	return behind, err
 }
 
-// contents returns the newest version applied anywhere of each set, and refuses changed files.
-func (m *Migrator) contents(ctx context.Context, group string) (map[Set]int, error) {
-	return m.readContents(ctx, group, contentsQuery, nil, func(Behind) {})
+// contents returns the newest version applied anywhere of each set, and refuses changed files of those that are given.
+func (m *Migrator) contents(ctx context.Context, group string, checked ...Set) (map[Set]int, error) {
+	return m.readContents(ctx, group, contentsQuery, nil, checked, func(Behind) {})
 }
 
-func (m *Migrator) readContents(ctx context.Context, group, sql string, args []any, behind func(Behind)) (map[Set]int, error) {
+func (m *Migrator) readContents(ctx context.Context, group, sql string, args []any, checked []Set, behind func(Behind)) (map[Set]int, error) {
 	if _, err := m.db.Installation(ctx, group); err != nil {
 		return nil, err
 	}
 	var heads map[Set]int
 	err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) (err error) {
-		heads, err = m.readHeads(ctx, tx, sql, args, behind)
+		heads, err = m.readHeads(ctx, tx, sql, args, checked, behind)
 		return err
 	})
 	if err != nil && postgres.SQLState(err) == "42P01" {
@@ -345,7 +351,7 @@ func (m *Migrator) readContents(ctx context.Context, group, sql string, args []a
 }
 
 // readHeads is readContents in a transaction of the group's database.
-func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql string, args []any, behind func(Behind)) (map[Set]int, error) {
+func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql string, args []any, checked []Set, behind func(Behind)) (map[Set]int, error) {
 	rows, err := tx.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, err
@@ -361,6 +367,9 @@ func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql stri
 			return nil
 		}
 		heads[Set(set)] = max(heads[Set(set)], version)
+		if !slices.Contains(checked, Set(set)) {
+			return nil
+		}
 		return m.sameContent(Set(set), version, sum)
 	})
 	return heads, err
@@ -374,10 +383,33 @@ func (m *Migrator) sameContent(set Set, version int, sum []byte) error {
 			WithCode("newer_database").WithHint("use the newer oneo, or the folder of migrations that made it")
 	}
 	if f := files[version-1]; string(f.Checksum[:]) != string(sum) {
-		return fault.New(fault.Conflict, "migration %s (%s) was changed after it had been applied", f, set).
-			WithCode("edited_migration").WithHint("restore the file as it was and write a new migration for the change")
+		return edited(f, set)
 	}
 	return nil
+}
+
+func edited(f File, set Set) error {
+	return fault.New(fault.Conflict, "migration %s (%s) was changed after it had been applied", f, set).
+		WithCode("edited_migration").WithHint("restore the file as it was and write a new migration for the change")
+}
+
+// CheckTenantFiles refuses tenant migrations that differ from what was applied to any tenant of the database whose
+// transaction it is given. A database that is ahead of them is none of its concern: who is made by the older files is
+// behind, and nothing worse.
+func (m *Migrator) CheckTenantFiles(ctx context.Context, q postgres.Querier) error {
+	const other = `select coalesce(min(f.version), 0) from unnest($1::int4[], $2::bytea[]) as f (version, checksum)
+where exists (select from public.ledger l where l.set = 'tenant' and l.version = f.version and l.checksum < f.checksum)
+   or exists (select from public.ledger l where l.set = 'tenant' and l.version = f.version and l.checksum > f.checksum)`
+	files := m.sets[TenantSet]
+	versions, sums := make([]int32, len(files)), make([][]byte, len(files))
+	for i, f := range files {
+		versions[i], sums[i] = int32(f.Version), f.Checksum[:]
+	}
+	var version int
+	if err := q.QueryRow(ctx, other, versions, sums).Scan(&version); err != nil || version == 0 {
+		return err
+	}
+	return edited(files[version-1], TenantSet)
 }
 
 // VersionCount is how many tenants of a group stand at a version.
@@ -399,7 +431,7 @@ type Status struct {
 func (m *Migrator) Status(ctx context.Context) (Status, error) {
 	st := Status{Head: m.Head(TenantSet)}
 	for _, group := range m.db.Groups() {
-		if _, err := m.contents(ctx, group); err != nil {
+		if _, err := m.contents(ctx, group, GroupSet, SharedSet, TenantSet); err != nil {
 			return st, err
 		}
 		err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {

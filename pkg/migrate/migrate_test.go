@@ -167,12 +167,21 @@ func TestEditedAndNewer(t *testing.T) {
 	requireFault(t, err, fault.Conflict, "edited_migration")
 	_, err = edited.Status(ctx)
 	requireFault(t, err, fault.Conflict, "edited_migration")
-	require.Error(t, edited.SharedBehind(ctx))
+	require.NoError(t, edited.SharedBehind(ctx), "a tenant's migrations must not keep a server from starting")
+	_, err = edited.Shared(ctx)
+	require.NoError(t, err)
+	_, err = provisioner(t, env.DB, edited).Create(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, "globex"), Actor: "test"})
+	requireFault(t, err, fault.Conflict, "edited_migration")
+	var there int
+	require.NoError(t, pgtest.Admin(t, env.AdminURL).QueryRow(ctx, `select count(*) from public.tenants`).Scan(&there))
+	require.Equal(t, 1, there, "a create with other files changes nothing")
 	newer := with(t, env.DB, files("0001_a.up.sql", "create table a (id int);", "0002_b.up.sql", "create table b (id int);"))
 	_, err = newer.Tenant(ctx, a)
 	require.NoError(t, err)
 	_, err = before.TenantsBehind(ctx, "main")
 	requireFault(t, err, fault.Conflict, "newer_database")
+	require.NoError(t, before.SharedBehind(ctx), "a newer binary at work on the tenants must not stop the older servers")
+	create(t, provisioner(t, env.DB, before), "initech")
 	env.Invariants(t)
 }
 

@@ -292,6 +292,9 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	if err := tx.QueryRow(ctx, `select exists (select from public.placements where number = $1)`, number).Scan(&made); err != nil || made {
 		return err
 	}
+	if err := p.o.Migrate.CheckTenantFiles(ctx, tx); err != nil {
+		return err
+	}
 	role := p.role(inst, number)
 	qschema, qrole := postgres.Quote(r.Schema.String()), postgres.Quote(role)
 	var b strings.Builder
