@@ -87,6 +87,11 @@ func fromState(err error, pe *pgconn.PgError) error {
 	case "3D000":
 		return unavailable("database_missing", "the database does not exist").
 			WithHint("`oneo init --admin-url ...` creates it")
+	case "53100":
+		return unavailable("disk_full", "PostgreSQL's disk is full").WithHint("free space where PostgreSQL keeps its data, then run the same again")
+	case "53200":
+		return unavailable("out_of_memory", "PostgreSQL has no memory left for this").
+			WithHint("its log says which; too few locks are cured by a higher max_locks_per_transaction")
 	case "53300":
 		return unavailable("too_many_connections", "PostgreSQL has no connection free").
 			WithHint("raise max_connections of PostgreSQL, or lower database.max_conns")
