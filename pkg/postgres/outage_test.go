@@ -411,3 +411,56 @@ func TestSilenceAfterTheLogin(t *testing.T) {
 	silent.forward() // new connections: the silent one stays as it is
 	until(t, "the only place for a connection is free again", func() bool { return try(t.Context(), db, a, postgres.Write, `select 1`) == nil })
 }
+
+// F21: PostgreSQL is killed under writes, on a server that does wait for its disk: every write that was acknowledged is
+// there after its recovery, once.
+func TestAcknowledgedWritesSurviveACrash(t *testing.T) {
+	t.Parallel()
+	o := ownServer(t, devstack.PostgresOptions{Trust: true}, nil)
+	a, b := o.tenant(t, "acme"), o.tenant(t, "globex")
+	ctx, stop := context.WithCancel(t.Context())
+	var mu sync.Mutex
+	acknowledged := map[tenant.Tenant][]string{}
+	count := 0
+	var writers sync.WaitGroup
+	for w := range 4 {
+		tn := []tenant.Tenant{a, b}[w%2]
+		writers.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				sql, args := insertPipeline(pipelineKey(w, n))
+				if try(ctx, o.db, tn, postgres.Write, sql, args...) == nil {
+					mu.Lock()
+					acknowledged[tn] = append(acknowledged[tn], pipelineKey(w, n))
+					count++
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	more := func(n int) {
+		mu.Lock()
+		want := count + n
+		mu.Unlock()
+		until(t, "writes are acknowledged", func() bool { mu.Lock(); defer mu.Unlock(); return count >= want })
+	}
+	for range 3 {
+		more(40)
+		require.NoError(t, o.pg.Kill())
+		require.NoError(t, o.pg.Restart(t.Context()))
+	}
+	more(40)
+	stop()
+	writers.Wait()
+	for tn, keys := range acknowledged {
+		var there []string
+		require.NoError(t, o.db.InTenant(t.Context(), tn, postgres.Read, func(tx *postgres.Tx) error {
+			rows, err := tx.Query(t.Context(), `select key from pipelines`)
+			if err != nil {
+				return err
+			}
+			there, err = pgx.CollectRows(rows, pgx.RowTo[string])
+			return err
+		}))
+		require.Subset(t, there, keys, "an acknowledged write of %s is missing", tn.Slug)
+	}
+}

@@ -86,7 +86,9 @@ func TestIsolationOfManyTenants(t *testing.T) {
 // F28: a handler that stands still with a transaction open loses it, and its locks with it.
 func TestIdleTransactionEnds(t *testing.T) {
 	t.Parallel()
-	env := pgtest.New(t, func(o *postgres.Options) { o.IdleInTransactionTimeout, o.MaxConns, o.InFlight = 100*time.Millisecond, 4, 2 })
+	env := pgtest.New(t, func(o *postgres.Options) {
+		o.IdleInTransactionTimeout, o.MaxConns, o.InFlight = 100*time.Millisecond, 4, 2
+	})
 	a := env.Tenant(t, "acme")
 	ctx := t.Context()
 	sql, args := insertPipeline("held")
