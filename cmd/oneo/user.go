@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"time"
 
 	"github.com/google/uuid"
@@ -10,7 +9,6 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/auth"
-	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -76,17 +74,12 @@ func (p people) audit(ctx context.Context, e *env, a *app.App, t tenant.Tenant, 
 	})
 }
 
-// forget flushes what caches know of who is signed in: all of a tenant's by its generation, and the administrators'
-// tokens one by one. A server remembers them for cache.local_ttl at most.
-func (p people) forget(ctx context.Context, a *app.App, t tenant.Tenant, ended [][]byte) error {
+// forget makes the servers ask again who the tokens of a changed account stand for; without a user only the ended ones
+// have changed. All that is remembered of a tenant is flushed besides, by its generation. A server remembers who is
+// signed in for cache.local_ttl at most.
+func (p people) forget(ctx context.Context, a *app.App, t tenant.Tenant, user uuid.UUID, ended [][]byte) error {
+	a.AccountChanged(ctx, t, user, ended)
 	if p.admins {
-		for _, hash := range ended {
-			k, err := cache.PublicKey("identity", hex.EncodeToString(hash))
-			if err != nil {
-				return err
-			}
-			a.Cache.Delete(ctx, k)
-		}
 		return nil
 	}
 	var hosts []tenant.Host
@@ -309,7 +302,7 @@ func changeUser(ctx context.Context, e *env, a *app.App, p people, address, acti
 		return err
 	}
 	e.say("%d session(s) ended", len(ended))
-	if err := p.forget(ctx, a, t, ended); err != nil {
+	if err := p.forget(ctx, a, t, u.ID, ended); err != nil {
 		return err
 	}
 	if err := p.audit(ctx, e, a, t, action, email); err != nil {
@@ -397,7 +390,7 @@ func newKeyCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := pr.forget(ctx, a, t, [][]byte{hash}); err != nil {
+			if err := pr.forget(ctx, a, t, uuid.Nil, [][]byte{hash}); err != nil {
 				return err
 			}
 			if err := pr.audit(ctx, e, a, t, "key.revoke", id.String()); err != nil {

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/oneo-crm/oneo/pkg/auth"
 	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/config"
@@ -21,6 +23,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/server"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
 )
@@ -152,6 +155,14 @@ func (a *App) forget(ctx context.Context, hosts ...tenant.Host) {
 // Changed tells every process that a tenant's hosts or settings have changed.
 func (a *App) Changed(ctx context.Context, t tenant.Tenant, hosts ...tenant.Host) {
 	a.changed(ctx, t, hosts)
+}
+
+// AccountChanged tells the servers that an account's rights have changed or that tokens of it have ended; the zero user:
+// only the tokens have, the zero tenant: it is an administrator's.
+func (a *App) AccountChanged(ctx context.Context, t tenant.Tenant, user uuid.UUID, ended [][]byte) {
+	server.BarAccount(context.WithoutCancel(ctx), tenantCache{a.Cache}, server.AccountChange{
+		Tenant: t, User: user, Hashes: ended, TTL: a.Config.Cache.SharedTTL + a.Config.Server.RequestTimeout,
+	})
 }
 
 // URL is where a tenant is reached: its primary domain with the scheme and port of the public URL.

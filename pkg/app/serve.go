@@ -268,15 +268,9 @@ func (tc tenantCache) Add(ctx context.Context, t tenant.Tenant, kind, id string,
 
 // Set need not tell of a failure: until Redis has taken the value, the cache itself answers with it.
 func (tc tenantCache) Set(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration) {
-	_ = tc.store(ctx, t, kind, id, value, ttl)
-}
-
-func (tc tenantCache) store(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration) error {
-	k, err := tc.key(t, kind, id)
-	if err != nil {
-		return err
+	if k, err := tc.key(t, kind, id); err == nil {
+		_ = tc.c.Set(ctx, k, value, ttl)
 	}
-	return tc.c.Set(ctx, k, value, ttl)
 }
 
 type limiter struct{ c *cache.Cache }

@@ -97,11 +97,20 @@ type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
 
-// Close closes the connections.
+// Close tells Redis what it has not taken yet, if that is possible now, and closes the connections.
 func (c *Cache) Close() error {
 	c.limiter.close()
 	if c.client == nil {
 		return nil
+	}
+	left := c.held.len()
+	for before := left + 1; left > 0 && left < before; {
+		before = left
+		c.tell(context.Background(), Key{})
+		left = c.held.len()
+	}
+	if left > 0 {
+		c.log.Warn("Redis has not taken changes; other processes may believe what was before until its time ends", "changes", left)
 	}
 	return c.client.Close()
 }
@@ -220,7 +229,7 @@ func (c *Cache) set(ctx context.Context, key string, value []byte, ttl time.Dura
 }
 
 // Add stores a value for ttl, at most MaxTTL, unless there is one. It is for what was read: what fails is a cache that
-// holds nothing.
+// holds nothing. There is no Delete: what was read before a change could be added right after it.
 func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration) {
 	if ttl < time.Millisecond {
 		return
@@ -228,18 +237,6 @@ func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration)
 	_ = c.do(ctx, func(ctx context.Context) error { // best effort, counted by the breaker
 		return c.client.SetArgs(ctx, k.s, value, redis.SetArgs{Mode: "NX", TTL: min(ttl, MaxTTL)}).Err()
 	})
-}
-
-// Delete removes values.
-func (c *Cache) Delete(ctx context.Context, keys ...Key) {
-	if len(keys) == 0 {
-		return
-	}
-	names := make([]string, len(keys))
-	for i, k := range keys {
-		names[i] = k.s
-	}
-	_ = c.do(ctx, func(ctx context.Context) error { return c.client.Del(ctx, names...).Err() }) // best effort: it ends by its time to live
 }
 
 // Stats counts what this process asked for.

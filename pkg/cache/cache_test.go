@@ -3,6 +3,7 @@ package cache_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -187,6 +188,33 @@ func TestAChangeThatRedisDidNotTakeIsHeldAndTold(t *testing.T) {
 	require.Zero(t, a.Stats().Held, "what another change has replaced is not told any more")
 	v, _ = a.Get(t.Context(), k)
 	require.Equal(t, "newest", string(v))
+}
+
+// A command has no later request at which Redis could be told.
+func TestWhatIsHeldIsToldAtTheEnd(t *testing.T) {
+	t.Parallel()
+	s := server(t, nil)
+	var log strings.Builder
+	o := cache.Options{URL: s.URL(), Timeout: 150 * time.Millisecond, Logger: slog.New(slog.NewTextHandler(&log, nil))}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	a := tenantOf(t, 1, "acme")
+	c, err := cache.Open(o)
+	require.NoError(t, err)
+	require.Error(t, c.Set(gone, key(t, a, "k", "x"), []byte("new"), time.Minute))
+	require.Error(t, c.Set(gone, key(t, a, "k", "y"), []byte("new"), time.Minute))
+	require.NoError(t, c.Close())
+	require.Empty(t, log.String())
+	for _, id := range []string{"x", "y"} {
+		v, _ := open(t, s.URL()).Get(t.Context(), key(t, a, "k", id))
+		require.Equal(t, "new", string(v))
+	}
+	c, err = cache.Open(o)
+	require.NoError(t, err)
+	require.Error(t, c.Set(gone, key(t, a, "k", "x"), []byte("newer"), time.Minute))
+	require.NoError(t, s.Kill())
+	require.NoError(t, c.Close())
+	require.Contains(t, log.String(), "Redis has not taken changes")
 }
 
 // More changes than may be held: then nothing is read, rather than what may be old.
