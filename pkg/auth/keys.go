@@ -14,6 +14,9 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 )
 
+// MaxKeys is how many API keys that have not ended a user may have.
+const MaxKeys = 100
+
 // Key is one API key, without its token.
 type Key struct {
 	ID        uuid.UUID  `json:"id"`
@@ -29,7 +32,7 @@ type Key struct {
 
 // AddKey makes an API key for a user and returns its token, which is shown once. Without scopes a tenant's key is for
 // reading. expires may be nil. Unfit: a scope that the realm does not know or that is more than the user's role, or
-// an end in the past.
+// an end in the past. Conflict: the user has MaxKeys already.
 func (r *Realm) AddKey(ctx context.Context, q postgres.Querier, user uuid.UUID, name string, scopes []string, expires *time.Time) (Key, string, error) {
 	if name == "" || !isLabel(name, 100) {
 		return Key{}, "", unfit("/name", "name", "a key needs a name of at most 100 characters, without control characters")
@@ -67,7 +70,11 @@ func (r *Realm) AddKey(ctx context.Context, q postgres.Querier, user uuid.UUID, 
 		return Key{}, "", err
 	}
 	token, hash := newToken(r.key)
-	err = q.QueryRow(ctx, r.sql.addKey, k.ID, hash, user, name, scopes, expires).Scan(&k.CreatedAt, &k.ExpiresAt)
+	err = q.QueryRow(ctx, r.sql.addKey, k.ID, hash, user, name, scopes, expires, MaxKeys).Scan(&k.CreatedAt, &k.ExpiresAt)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return Key{}, "", fault.New(fault.Conflict, "a user has at most %d API keys", MaxKeys).WithCode("too_many_keys").
+			WithHint("revoke one that is not used any more")
+	}
 	if err != nil {
 		return Key{}, "", err
 	}
@@ -93,7 +100,15 @@ func scanKey(row pgx.Row) (Key, error) {
 
 // Keys lists API keys, oldest first, also those that ended; of one user, or with nil of all.
 func (r *Realm) Keys(ctx context.Context, q postgres.Querier, user *uuid.UUID) ([]Key, error) {
-	rows, err := q.Query(ctx, r.sql.listKeys, user)
+	return keys(q.Query(ctx, r.sql.listKeys, user, nil, nil))
+}
+
+// KeyPage is a part of what Keys lists; after is the last one of the page before.
+func (r *Realm) KeyPage(ctx context.Context, q postgres.Querier, user *uuid.UUID, limit int, after *uuid.UUID) ([]Key, error) {
+	return keys(q.Query(ctx, r.sql.listKeys, user, after, limit))
+}
+
+func keys(rows pgx.Rows, err error) ([]Key, error) {
 	if err != nil {
 		return nil, err
 	}

@@ -167,3 +167,39 @@ func TestKeysAreNoMoreThanTheirUser(t *testing.T) {
 		requireFault(t, err, fault.NotFound, "unknown_user")
 	})
 }
+
+func TestAUserHasABoundOfKeys(t *testing.T) {
+	t.Parallel()
+	places(t, func(t *testing.T, p place) {
+		ada, bob := p.add(t, "ada@example.com", ""), p.add(t, "bob@example.com", "")
+		first, _ := p.key(t, ada, auth.ScopeAdmin)
+		// Those that ended do not count.
+		p.sql(t, `insert into {keys} (id, token_hash, user_id, name, expires_at, revoked_at)
+select gen_random_uuid(), decode(md5(n::text) || md5(n::text), 'hex'), $1, 'old',
+	case when n % 2 = 0 then now() - interval '1 hour' end, case when n % 2 = 1 then now() end from generate_series(1, 20) n`, ada.ID)
+		p.sql(t, `insert into {keys} (id, token_hash, user_id, name, expires_at)
+select gen_random_uuid(), decode(md5(n::text) || md5(n::text), 'hex'), $1, 'live', now() + interval '1 hour'
+from generate_series(1001, $2::int) n`, ada.ID, 1000+auth.MaxKeys-2)
+		add := func(u auth.User) error {
+			return p.write(t, func(q postgres.Querier) error {
+				_, _, err := p.realm.AddKey(t.Context(), q, u.ID, "one more", []string{auth.ScopeAdmin}, nil)
+				return err
+			})
+		}
+		// Two at once for the last place: the second waits for the first, and counts it.
+		errs := make(chan error, 1)
+		p.must(t, func(q postgres.Querier) error {
+			_, _, err := p.realm.AddKey(t.Context(), q, ada.ID, "the last", []string{auth.ScopeAdmin}, nil)
+			go func() { errs <- add(ada) }()
+			p.blocked(t)
+			return err
+		})
+		requireFault(t, <-errs, fault.Conflict, "too_many_keys")
+		p.key(t, bob, auth.ScopeAdmin)
+		p.must(t, func(q postgres.Querier) error {
+			_, err := p.realm.RevokeKey(t.Context(), q, first.ID, nil)
+			return err
+		})
+		p.key(t, ada, auth.ScopeAdmin)
+	})
+}

@@ -69,12 +69,14 @@ where user_id = $1 and (expires_at <= now() or last_seen <= now() - $2::interval
 		purgeExpired: r.Replace(`delete from {sessions}
 where expires_at <= now() or last_seen <= now() - $1::interval`),
 
+		// One key of a user at a time, so that the count in the next statement is that of all that were made before.
 		keyOwner: r.Replace(`select email, role, $2::timestamptz is null or $2 > now() from {users}
-where id = $1 and disabled_at is null for share`),
+where id = $1 and disabled_at is null for no key update`),
 		addKey: r.Replace(`insert into {keys} (id, token_hash, user_id, name, scopes, expires_at)
-values ($1, $2, $3, $4, $5, $6) returning created_at, expires_at`),
+select $1, $2, $3, $4, $5, $6 where $7 > (select count(*) from {keys}
+where user_id = $3 and revoked_at is null and (expires_at is null or expires_at > now())) returning created_at, expires_at`),
 		listKeys: r.Replace(`select {key} from {keys} k join {users} u on u.id = k.user_id
-where $1::uuid is null or k.user_id = $1 order by k.id`),
+where ($1::uuid is null or k.user_id = $1) and ($2::uuid is null or k.id > $2) order by k.id limit $3`),
 		revokeKey: r.Replace(`update {keys} set revoked_at = coalesce(revoked_at, now())
 where id = $1 and ($2::uuid is null or user_id = $2) returning token_hash`),
 	}

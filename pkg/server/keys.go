@@ -15,7 +15,7 @@ const keysPath = "/api/v1/api-keys"
 
 func (s *Server) keyRoutes() []route {
 	return []route{
-		{method: http.MethodGet, path: keysPath, realm: bothRealms, policy: signedIn, access: Read, params: []string{"all"}, handler: s.listKeys},
+		{method: http.MethodGet, path: keysPath, realm: bothRealms, policy: signedIn, access: Read, params: []string{"all", "limit", "cursor"}, handler: s.listKeys},
 		{method: http.MethodPost, path: keysPath, realm: bothRealms, policy: signedIn, access: Write, body: jsonBody, handler: s.addKey},
 		{method: http.MethodDelete, path: keysPath + "/:id", realm: bothRealms, policy: signedIn, access: Write, handler: s.revokeKey},
 	}
@@ -45,14 +45,34 @@ func (s *Server) listKeys(ctx context.Context, r *Request, tx Tx) (Reply, error)
 	if err != nil {
 		return Reply{}, err
 	}
-	keys, err := realmOf(r.x).Keys(ctx, tx, whose)
+	limit, err := r.limit()
 	if err != nil {
 		return Reply{}, err
 	}
-	if keys == nil {
-		keys = []auth.Key{}
+	scope := []string{"keys", r.Tenant.ID, r.Query("all"), r.Identity.UserID.String()}
+	var after *uuid.UUID
+	if r.query.Has("cursor") {
+		after = new(uuid.UUID)
+		if err := s.cursors.read(scope, r.Query("cursor"), after); err != nil {
+			return Reply{}, err
+		}
 	}
-	return Reply{Body: list{Data: keys, Page: page{Limit: len(keys)}}}, nil
+	keys, err := realmOf(r.x).KeyPage(ctx, tx, whose, limit+1, after)
+	if err != nil {
+		return Reply{}, err
+	}
+	out := list{Data: []auth.Key{}, Page: page{Limit: limit}}
+	if len(keys) > limit {
+		keys = keys[:limit]
+		out.Page.HasMore = true
+		if out.Page.NextCursor, err = s.cursor(scope, keys[limit-1].ID); err != nil {
+			return Reply{}, err
+		}
+	}
+	if len(keys) > 0 {
+		out.Data = keys
+	}
+	return Reply{Body: out, Header: r.links(out.Page)}, nil
 }
 
 // addKey makes a key and shows its token, this once.
