@@ -26,11 +26,13 @@ type File struct {
 // String is the name by which people know the file: 0002_pipelines.
 func (f File) String() string { return fmt.Sprintf("%04d_%s", f.Version, f.Name) }
 
+const codeControl = "transaction_control"
+
 var fileName = regexp.MustCompile(`^(\d{4,9})_([a-z0-9_]+)\.(up|down)\.sql$`)
 
 // Load reads the migrations of one folder. Versions count from 1 without a gap; the fault is Invalid and names the
-// file when a number is missing or stands twice, when a step down has no step up, or when a file is not named like a
-// migration.
+// file when a number is missing or stands twice, when a step down has no step up, when a file is not named like a
+// migration, or when it begins or ends a transaction.
 func Load(fsys fs.FS, dir string) ([]File, error) {
 	entries, err := fs.ReadDir(fsys, dir)
 	if err != nil {
@@ -79,6 +81,10 @@ func Load(fsys fs.FS, dir string) ([]File, error) {
 			return nil, bad("%s is empty", e.Name())
 		}
 		*text = string(body)
+		if words, line, found := controlIn(*text); found {
+			return nil, fault.New(fault.Invalid, "migrations in %s: %s, line %d: %s is transaction control", dir, e.Name(), line, words).
+				WithCode(codeControl).WithHint("leave it out: each migration is one transaction already, together with its ledger row")
+		}
 	}
 	files := make([]File, 0, len(byVersion))
 	for _, f := range byVersion {

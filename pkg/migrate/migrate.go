@@ -236,8 +236,19 @@ func (m *Migrator) apply(ctx context.Context, group string, set Set, number int3
 // step runs one file and writes its ledger row, in the transaction that it is given.
 func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, number int32, f File) error {
 	start := time.Now()
+	before, err := Transaction(ctx, tx)
+	if err != nil {
+		return err
+	}
 	if err := tx.Script(ctx, f.Up); err != nil {
 		return failed(err, f)
+	}
+	after, err := Transaction(ctx, tx)
+	if err != nil {
+		return err
+	}
+	if err := SameTransaction(before, after); err != nil {
+		return fmt.Errorf("migration %s: %w", f, err)
 	}
 	if err := failpoint.Hit("migrate.applied"); err != nil {
 		return err
@@ -246,8 +257,23 @@ func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, numb
 		return err
 	}
 	const move = `update public.placements set version = $2, updated_at = now() where number = $1`
-	_, err := tx.Exec(ctx, move, number, f.Version)
+	_, err = tx.Exec(ctx, move, number, f.Version)
 	return err
+}
+
+// Transaction is the number of the transaction at work, which changes when a script ends it.
+func Transaction(ctx context.Context, q postgres.Querier) (id string, err error) {
+	return id, q.QueryRow(ctx, `select pg_catalog.pg_current_xact_id()::text`).Scan(&id)
+}
+
+// SameTransaction refuses a script that has ended the transaction it ran in. Load refuses such files; this is for what
+// slips past it, as on a server that reads quotes otherwise.
+func SameTransaction(before, after string) error {
+	if before == after {
+		return nil
+	}
+	return fault.New(fault.Invalid, "the script ended the transaction that it ran in; what stands before that has stayed").
+		WithCode(codeControl).WithHint("take the transaction control out of the file, and what it left behind out of the schema")
 }
 
 // Record writes the ledger rows of files that have been applied in the same transaction.

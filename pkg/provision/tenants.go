@@ -289,7 +289,9 @@ from public.groups g where g.name = $1 for share`
 func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest, inst postgres.Installation, number int32) error {
 	start := time.Now()
 	var made bool
-	if err := tx.QueryRow(ctx, `select exists (select from public.placements where number = $1)`, number).Scan(&made); err != nil || made {
+	var before, after string
+	const ask = `select exists (select from public.placements where number = $1), pg_catalog.pg_current_xact_id()::text`
+	if err := tx.QueryRow(ctx, ask, number).Scan(&made, &before); err != nil || made {
 		return err
 	}
 	if err := p.o.Migrate.CheckTenantFiles(ctx, tx); err != nil {
@@ -323,8 +325,12 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 		}
 	}
 	const place = `insert into public.placements (number, schema, role, namespace, state, version)
-values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active', $4)`
-	if _, err := tx.Exec(ctx, place, number, r.Schema.String(), role, p.o.Migrate.Head(migrate.TenantSet)); err != nil {
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active', $4)
+returning pg_catalog.pg_current_xact_id()::text`
+	if err := tx.QueryRow(ctx, place, number, r.Schema.String(), role, p.o.Migrate.Head(migrate.TenantSet)).Scan(&after); err != nil {
+		return err
+	}
+	if err := migrate.SameTransaction(before, after); err != nil {
 		return err
 	}
 	return migrate.Record(ctx, tx, migrate.TenantSet, number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))
