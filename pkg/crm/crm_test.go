@@ -135,6 +135,10 @@ func TestPipelinesAreValidated(t *testing.T) {
 		}
 		return c
 	}
+	var large []string // each of 200 characters, which are 800 bytes
+	for i := range crm.MaxOptionsBytes/800 + 1 {
+		large = append(large, strings.Repeat("𝄞", 199)+string(rune('𝄀'+i)))
+	}
 	fields := make([]crm.NewField, crm.MaxFields+1)
 	for i := range fields {
 		fields[i] = crm.NewField{Key: fmt.Sprintf("f%d", i), Type: crm.Text}
@@ -160,6 +164,7 @@ func TestPipelinesAreValidated(t *testing.T) {
 		"no type":              {with(crm.NewField{Key: "a"}), []string{"/fields/0/type type"}},
 		"no choices":           {with(crm.NewField{Key: "a", Type: crm.Select}), []string{"/fields/0/options/choices choices"}},
 		"too many choices":     {with(crm.NewField{Key: "a", Type: crm.Select, Options: crm.Options{Choices: many(501)}}), []string{"/fields/0/options/choices choices"}},
+		"large choices":        {with(crm.NewField{Key: "a", Type: crm.Select, Options: crm.Options{Choices: large}}), []string{"/fields/0/options/choices too_large"}},
 		"a choice twice":       {with(crm.NewField{Key: "a", Type: crm.Select, Options: crm.Options{Choices: []string{"x", "y", "x"}}}), []string{"/fields/0/options/choices/2 duplicate"}},
 		"an empty choice":      {with(crm.NewField{Key: "a", Type: crm.Select, Options: crm.Options{Choices: []string{""}}}), []string{"/fields/0/options/choices/0 length"}},
 		"choices of a text":    {with(crm.NewField{Key: "a", Type: crm.Text, Options: crm.Options{Choices: []string{"x"}}}), []string{"/fields/0/options/choices choices"}},
@@ -188,6 +193,20 @@ func TestPipelinesAreValidated(t *testing.T) {
 		return err
 	})
 	refused(t, err, fault.Conflict, "too_many")
+}
+
+func TestATenantHasABoundOfPipelines(t *testing.T) {
+	s := open(t)
+	s.ok(func(ctx context.Context, q postgres.Querier) error {
+		_, err := q.Exec(ctx, `insert into pipelines (id, key, name) select gen_random_uuid(), 'p' || n, 'p' from generate_series(2, $1) n`, crm.MaxPipelines)
+		return err
+	})
+	s.pipeline(crm.NewPipeline{Key: "last"})
+	err := s.write(func(ctx context.Context, q postgres.Querier) error {
+		_, err := crm.CreatePipeline(ctx, q, crm.NewPipeline{Key: "one_more"})
+		return err
+	})
+	refused(t, err, fault.Conflict, "too_many_pipelines")
 }
 
 func TestPipelineLife(t *testing.T) {

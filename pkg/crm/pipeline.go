@@ -37,12 +37,14 @@ const (
 
 var types = []Type{Text, Number, Boolean, Date, Select, Relation}
 
-// Bounds of a pipeline.
+// Bounds of a tenant's pipelines.
 const (
-	MaxFields      = 200
-	MaxChoices     = 500
-	MaxRecordBytes = 256 << 10
-	MaxTextBytes   = 64 << 10
+	MaxPipelines    = 500
+	MaxFields       = 200
+	MaxChoices      = 500
+	MaxOptionsBytes = 64 << 10 // all choices of a field together
+	MaxRecordBytes  = 256 << 10
+	MaxTextBytes    = 64 << 10
 )
 
 // Options says more about a field of type Select or Relation.
@@ -151,13 +153,17 @@ func (u *unfit) options(at string, t Type, o Options) {
 	case t != Relation && o.Pipeline != "":
 		u.add(at+"/pipeline", "pipeline", "only a relation names a pipeline")
 	}
-	seen := map[string]bool{}
+	seen, size := map[string]bool{}, 0
 	for i, c := range o.Choices {
+		size += len(c)
 		u.text(fmt.Sprintf("%s/choices/%d", at, i), c, 1, 200)
 		if seen[c] {
 			u.add(fmt.Sprintf("%s/choices/%d", at, i), "duplicate", "the choice stands twice")
 		}
 		seen[c] = true
+	}
+	if size > MaxOptionsBytes {
+		u.add(at+"/choices", "too_large", "the choices of a field together have at most %d bytes", MaxOptionsBytes)
 	}
 }
 
@@ -176,7 +182,7 @@ func unknownPipeline(key string) error {
 	return fault.New(fault.NotFound, "there is no pipeline %q", key).WithCode("unknown_pipeline")
 }
 
-// CreatePipeline makes a pipeline with its fields. Conflict: the key is taken. Unfit: something does not fit, with
+// CreatePipeline makes a pipeline with its fields. Conflict: the key is taken, or the tenant has MaxPipelines already. Unfit: something does not fit, with
 // pointers; a relation may point at the pipeline itself.
 func CreatePipeline(ctx context.Context, q postgres.Querier, n NewPipeline) (Pipeline, error) {
 	var u unfit
@@ -212,8 +218,14 @@ func CreatePipeline(ctx context.Context, q postgres.Querier, n NewPipeline) (Pip
 	if err != nil {
 		return Pipeline{}, err
 	}
-	const insert = `insert into pipelines (id, key, name, description, metadata) values ($1, $2, $3, $4, $5) returning ` + pipelineColumns
-	p, err := scanPipeline(q.QueryRow(ctx, insert, id, n.Key, n.Name, n.Description, n.Metadata))
+	// Callers at the same moment do not see each other's and may go past the bound by as many as they are: it is there for
+	// the size of the list, which that does not change.
+	const insert = `insert into pipelines (id, key, name, description, metadata)
+select $1, $2, $3, $4, $5 where $6 > (select count(*) from pipelines) returning ` + pipelineColumns
+	p, err := scanPipeline(q.QueryRow(ctx, insert, id, n.Key, n.Name, n.Description, n.Metadata, MaxPipelines))
+	if errors.Is(err, pgx.ErrNoRows) {
+		return p, fault.New(fault.Conflict, "a tenant has at most %d pipelines", MaxPipelines).WithCode("too_many_pipelines")
+	}
 	if postgres.SQLState(err) == "23505" {
 		return p, fault.Wrap(err, fault.Conflict, "a pipeline with the key %s exists already", n.Key).WithCode("pipeline_exists")
 	}
