@@ -210,6 +210,9 @@ var groupForm = regexp.MustCompile(`^[a-z0-9]{1,32}$`)
 // MinSecretBytes is the least length of server.secret.
 const MinSecretBytes = 32
 
+// maxCached is cache.MaxTTL; a test holds them equal.
+const maxCached = 24 * time.Hour
+
 // Validate names every setting whose value cannot be used. That a database is set is left to those who need one.
 func (c Config) Validate() error {
 	var fields []fault.Field
@@ -289,6 +292,19 @@ func (c Config) Validate() error {
 		"cache.shared_ttl": c.Cache.SharedTTL, "cache.local_ttl": c.Cache.LocalTTL,
 	} {
 		positive(key, v)
+	}
+	// The caches' times are held against each other when each is one by itself.
+	shared, local, idle, request := c.Cache.SharedTTL, c.Cache.LocalTTL, c.Auth.SessionIdle, s.RequestTimeout
+	if shared > 0 && local > shared {
+		bad("cache.local_ttl", "must be at most cache.shared_ttl, which is %s", shared)
+	}
+	// Only a look at PostgreSQL notes that a session is in use: one in use must not run out between two.
+	if idle > 0 && shared > idle/2 {
+		bad("cache.shared_ttl", "must be at most half of auth.session_idle, which is %s", idle)
+	}
+	// What has changed is barred in Redis for both times together, and nothing is kept there for longer than a day.
+	if request > 0 && shared > maxCached-request {
+		bad("cache.shared_ttl", "must be at most %s together with server.request_timeout, which is %s", maxCached, request)
 	}
 	if s.MaxBody < 1<<10 || s.MaxBody > 1<<30 {
 		bad("server.max_body", "must be from 1KB to 1GB")

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"gopkg.in/yaml.v3"
 
+	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
@@ -103,6 +104,38 @@ func TestInvalidValuesNameTheirKeys(t *testing.T) {
 		_, _, err := config.Load(config.LoadOptions{Flags: map[string]string{key: value}})
 		require.Truef(t, fault.Is(err, fault.Invalid), "%s=%s: %v", key, value, err)
 	}
+}
+
+// Each time is good by itself; together they would keep a bar from outliving what it bars, or a session from being used.
+func TestTheTimesOfTheCacheAreHeldAgainstEachOther(t *testing.T) {
+	for _, c := range []struct {
+		flags map[string]string
+		names []string // of the settings that the error names; none: it is good
+	}{
+		{map[string]string{"cache.local_ttl": "30s"}, nil},
+		{map[string]string{"cache.local_ttl": "31s"}, []string{"cache.local_ttl", "cache.shared_ttl"}},
+		{map[string]string{"cache.shared_ttl": "1s"}, []string{"cache.local_ttl", "cache.shared_ttl"}},
+		{map[string]string{"auth.session_idle": "1m"}, nil},
+		{map[string]string{"auth.session_idle": "59s"}, []string{"cache.shared_ttl", "auth.session_idle"}},
+		{map[string]string{"cache.shared_ttl": "12h1s"}, []string{"cache.shared_ttl", "auth.session_idle"}},
+		{map[string]string{"auth.session_idle": "720h", "cache.shared_ttl": "23h59m30s"}, nil},
+		{map[string]string{"auth.session_idle": "720h", "cache.shared_ttl": "23h59m31s"}, []string{"cache.shared_ttl", "server.request_timeout"}},
+		{map[string]string{"auth.session_idle": "72h", "server.request_timeout": "24h"}, []string{"cache.shared_ttl", "server.request_timeout"}},
+		{map[string]string{"cache.shared_ttl": "0s"}, []string{"cache.shared_ttl: must be above 0"}},
+	} {
+		_, _, err := config.Load(config.LoadOptions{Flags: c.flags})
+		if c.names == nil {
+			require.NoErrorf(t, err, "%v", c.flags)
+			continue
+		}
+		require.Truef(t, fault.Is(err, fault.Invalid), "%v: %v", c.flags, err)
+		for _, name := range c.names {
+			require.Containsf(t, fault.Of(err).Message, name, "%v", c.flags)
+		}
+	}
+	// The most that is kept in Redis is the room of the cache's to say.
+	_, _, err := config.Load(config.LoadOptions{Flags: map[string]string{"auth.session_idle": "720h", "cache.shared_ttl": "24h"}})
+	require.ErrorContains(t, err, cache.MaxTTL.String())
 }
 
 func TestSecretsFromFiles(t *testing.T) {
