@@ -155,7 +155,11 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 			return err
 		}
 		if op != nil {
-			if err := registry.Finish(ctx, tx, op.ID, map[string]string{"tenant": after.Slug.String(), "state": string(after.State)}); err != nil {
+			result := map[string]any{"tenant": after.Slug.String(), "state": string(after.State)}
+			if d, ok := c.details.(map[string]any); ok && d[codeSchemaMissing] == true {
+				result[codeSchemaMissing] = true
+			}
+			if err := registry.Finish(ctx, tx, op.ID, result); err != nil {
 				return err
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -527,4 +528,67 @@ func TestHalfMadeIsTakenUp(t *testing.T) {
 			f.invariants(t)
 		})
 	}
+}
+
+// A schema that is gone, moved or made again behind oneo's back: its tenant can be dropped and purged, and what bears
+// the name by then is not touched.
+func TestSchemaMadeAgainIsSpared(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		for what, meddle := range map[string]string{
+			"gone":       `drop schema acme cascade`,
+			"made again": `drop schema acme cascade; create schema acme authorization oneo_owner; create table acme.keep (id int)`,
+			"moved":      `alter schema acme rename to elsewhere; create table elsewhere.keep (id int)`,
+			"restored":   `drop schema acme cascade; create schema acme; do $$ begin execute format('grant usage on schema acme to %I', (select role from public.placements where schema = 'acme')); end $$; create table acme.keep (id int)`,
+		} {
+			t.Run(group+" "+what, func(t *testing.T) {
+				t.Parallel()
+				f := newFixture(t, group)
+				ctx, acme, globex := t.Context(), pgtest.Slug(t, "acme"), pgtest.Slug(t, "globex")
+				f.create(t, "acme", group)
+				c := pgtest.Admin(t, f.adminURL(group))
+				_, err := c.Exec(ctx, meddle, pgx.QueryExecModeSimpleProtocol)
+				require.NoError(t, err)
+				_, err = f.p.Rename(ctx, acme, provision.RenameRequest{Slug: globex, Schema: globex.Schema(), Actor: "test"})
+				requireFault(t, err, fault.NotFound, "schema_missing")
+				require.Contains(t, fault.Of(err).Hint, "oneo tenant drop acme")
+				require.Equal(t, "acme", f.scalar(t, `select slug from public.tenants`))
+				dropped, err := f.p.Drop(ctx, acme, 0, "test")
+				require.NoError(t, err)
+				require.Equal(t, tenant.Dropped, dropped.State)
+				require.Equal(t, "true", f.scalar(t, `select details ->> 'schema_missing' from public.audit where action = 'tenant.drop'`))
+				_, err = f.p.Undrop(ctx, acme, "test")
+				requireFault(t, err, fault.NotFound, "schema_missing")
+				require.Contains(t, fault.Of(err).Hint, "--purge")
+				_, err = f.p.Purge(ctx, acme, "test")
+				require.NoError(t, err)
+				require.Equal(t, "true", f.scalar(t, `select details ->> 'schema_missing' from public.audit where action = 'tenant.purge'`))
+				var kept int
+				require.NoError(t, c.QueryRow(ctx, `select count(*) from pg_catalog.pg_class where relname = 'keep'`).Scan(&kept))
+				var roles int
+				require.NoError(t, c.QueryRow(ctx, `select count(*) from pg_catalog.pg_roles r, public.installation i where r.rolname = 'oneo_' || i.id || '_' || $1::text`, fmt.Sprint(dropped.Number)).Scan(&roles))
+				require.Equal(t, map[string]int{"gone": 0, "made again": 0, "moved": 1, "restored": 1}[what], roles, "the role stays only where something refers to it")
+				if what != "gone" {
+					require.Equal(t, 1, kept, "what is not oneo's must not be destroyed")
+				}
+			})
+		}
+	}
+}
+
+// A dropped tenant's schema that was made again under its renamed name is no more the tenant's.
+func TestPurgeSparesWhatWasMadeAgain(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	acme := f.create(t, "acme", "main")
+	_, err := f.p.Drop(t.Context(), acme.Slug, 0, "test")
+	require.NoError(t, err)
+	name := fmt.Sprintf("oneo_dropped_%d", acme.Number)
+	c := pgtest.Admin(t, f.env.AdminURL)
+	_, err = c.Exec(t.Context(), fmt.Sprintf(`drop schema %s cascade; create schema %[1]s authorization oneo_owner; create table %[1]s.keep (id int)`, name), pgx.QueryExecModeSimpleProtocol)
+	require.NoError(t, err)
+	_, err = f.p.Purge(t.Context(), acme.Slug, "test")
+	require.NoError(t, err)
+	_, err = c.Exec(t.Context(), `select from `+name+`.keep`)
+	require.NoError(t, err)
 }

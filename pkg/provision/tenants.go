@@ -423,7 +423,8 @@ func (p *Provisioner) Resume(ctx context.Context, slug tenant.Slug, actor string
 func droppedSchema(number int32) string { return fmt.Sprintf("oneo_dropped_%d", number) }
 
 // Drop takes a tenant away from its users and keeps its schema, renamed, for grace; 0 is DropGrace. Until then Undrop
-// brings it back; afterwards `oneo serve` purges it. It does nothing to a dropped tenant.
+// brings it back; afterwards `oneo serve` purges it. It does nothing to a dropped tenant. A schema that is gone, or was
+// made again behind oneo's back, is left alone: that is logged and audited.
 func (p *Provisioner) Drop(ctx context.Context, slug tenant.Slug, grace time.Duration, actor string) (tenant.Tenant, error) {
 	t, err := p.find(ctx, slug)
 	if err != nil || t.State == tenant.Dropped {
@@ -439,15 +440,23 @@ func (p *Provisioner) dropping(t tenant.Tenant, grace time.Duration, actor strin
 	if grace <= 0 {
 		grace = p.o.DropGrace
 	}
+	details := map[string]any{"grace_seconds": int64(grace.Seconds())}
 	return change{
 		kind: KindDrop, point: "drop", tenant: t, actor: actor,
 		request: request{Slug: t.Slug.String(), GraceSeconds: int64(grace.Seconds())},
-		details: map[string]any{"grace_seconds": int64(grace.Seconds())},
+		details: details,
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
 			if err := setState(ctx, tx, t.Number, tenant.Dropped); err != nil {
 				return err
 			}
-			return moveSchema(ctx, tx, t.Number, droppedSchema(t.Number))
+			err := moveSchema(ctx, tx, t, droppedSchema(t.Number))
+			var f *fault.Fault
+			if errors.As(err, &f) && f.Code == codeSchemaMissing {
+				details[codeSchemaMissing] = true
+				p.o.Logger.WarnContext(ctx, "the tenant's schema is gone or was made again behind oneo's back: nothing was renamed", "tenant", t.Slug)
+				return nil
+			}
+			return err
 		},
 		made: placed(t.Number, "state", string(tenant.Dropped)),
 		finish: func(ctx context.Context, q postgres.Querier) error {
@@ -460,15 +469,37 @@ where number = $1 and state in ('active', 'suspended')`
 	}
 }
 
-// moveSchema renames the schema in which the tenant stands, and says so in its placement. The caller holds the gate.
-func moveSchema(ctx context.Context, tx *postgres.OwnerTx, number int32, to string) error {
-	var at string
-	err := tx.QueryRow(ctx, `select schema from public.placements where number = $1`, number).Scan(&at)
+const codeSchemaMissing = "schema_missing"
+
+// standing finds the schema of the tenant's placement; false: it is gone, or what bears its name is another one, made
+// behind oneo's back. A name alone would hand somebody else's data to a drop.
+func standing(ctx context.Context, tx *postgres.OwnerTx, number int32) (schema string, there bool, err error) {
+	const stands = `select p.schema, n.oid is not null from public.placements p
+left join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema where p.number = $1`
+	err = tx.QueryRow(ctx, stands, number).Scan(&schema, &there)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return fault.New(fault.NotFound, "the tenant has no placement in its group's database").WithCode("schema_missing")
+		return "", false, nil
 	}
-	if err != nil || at == to {
+	return schema, there, err
+}
+
+// moveSchema renames the schema in which the tenant stands, and says so in its placement. The caller holds the gate.
+// NotFound with codeSchemaMissing: it does not stand there; nothing was done.
+func moveSchema(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, to string) error {
+	number := t.Number
+	at, there, err := standing(ctx, tx, number)
+	if err != nil {
 		return err
+	}
+	if !there {
+		f := fault.New(fault.NotFound, "the tenant's schema is gone, or was made again behind oneo's back").WithCode(codeSchemaMissing)
+		if t.State == tenant.Dropped {
+			return f.WithHint("restore the database from a backup, or `oneo tenant drop %s --purge`", t.Slug)
+		}
+		return f.WithHint("restore the database from a backup, or `oneo tenant drop %s`; `oneo migrate status` names all such tenants", t.Slug)
+	}
+	if at == to {
+		return nil
 	}
 	if err := tx.Script(ctx, "alter schema "+postgres.Quote(at)+" rename to "+postgres.Quote(to)); err != nil {
 		return err
@@ -508,7 +539,7 @@ func (p *Provisioner) undropping(ctx context.Context, t tenant.Tenant, actor str
 			if err := setState(ctx, tx, t.Number, tenant.State(before)); err != nil {
 				return err
 			}
-			return moveSchema(ctx, tx, t.Number, t.Schema.String())
+			return moveSchema(ctx, tx, t, t.Schema.String())
 		},
 		made: placed(t.Number, "state", before),
 		finish: func(ctx context.Context, q postgres.Querier) error {
@@ -522,7 +553,7 @@ where number = $1 and state = 'dropped'`
 }
 
 // Purge destroys a dropped tenant for good: schema, role, placement, ledger rows and domains. Its registry row stays
-// as a tombstone. Conflict: the tenant is not dropped.
+// as a tombstone. Conflict: the tenant is not dropped. Only the schema that oneo itself has renamed away is destroyed.
 func (p *Provisioner) Purge(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
 	t, err := p.find(ctx, slug)
 	if err != nil {
@@ -543,20 +574,31 @@ func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string
 	if err != nil {
 		return change{}, err
 	}
+	details := map[string]any{}
 	return change{
-		kind: KindPurge, point: "purge", tenant: t, actor: actor, request: request{Slug: t.Slug.String()},
+		kind: KindPurge, point: "purge", tenant: t, actor: actor, request: request{Slug: t.Slug.String()}, details: details,
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
-			// By its renamed name only: a schema that stands under the tenant's name by now is another's.
-			if err := tx.Script(ctx, "drop schema if exists "+postgres.Quote(droppedSchema(t.Number))+" cascade"); err != nil {
+			at, there, err := standing(ctx, tx, t.Number)
+			switch {
+			case err != nil:
 				return err
+			case at == "": // purged by an earlier attempt
+			case there && at == droppedSchema(t.Number):
+				// By its renamed name only: a schema that stands under the tenant's name by now is another's.
+				if err := tx.Script(ctx, "drop schema "+postgres.Quote(at)+" cascade"); err != nil {
+					return err
+				}
+			default:
+				details[codeSchemaMissing] = true
+				p.o.Logger.WarnContext(ctx, "the dropped tenant's schema is gone or was made again behind oneo's back: no schema was destroyed", "tenant", t.Slug)
 			}
-			if err := tx.Script(ctx, "drop role if exists "+postgres.Quote(inst.TenantRole(t.Number))); err != nil {
+			if err := dropRole(ctx, tx, inst.TenantRole(t.Number), details); err != nil {
 				return err
 			}
 			if _, err := tx.Exec(ctx, `delete from public.ledger where set = 'tenant' and tenant = $1`, t.Number); err != nil {
 				return err
 			}
-			_, err := tx.Exec(ctx, `delete from public.placements where number = $1`, t.Number)
+			_, err = tx.Exec(ctx, `delete from public.placements where number = $1`, t.Number)
 			return err
 		},
 		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
@@ -586,6 +628,25 @@ on conflict (host) do update set tenant = excluded.tenant, held_until = excluded
 			return err
 		},
 	}, nil
+}
+
+// dropRole destroys a tenant's role, unless something that is not the tenant's refers to it: then it is left, and the
+// audit row's details say so.
+func dropRole(ctx context.Context, tx *postgres.OwnerTx, role string, details map[string]any) error {
+	if details[codeSchemaMissing] == true {
+		// Whoever moved or restored the schema by hand may have granted it to the role again.
+		const used = `select exists (select from pg_catalog.pg_shdepend d join pg_catalog.pg_roles r on r.oid = d.refobjid
+where d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass and r.rolname = $1)`
+		var is bool
+		if err := tx.QueryRow(ctx, used, role).Scan(&is); err != nil {
+			return err
+		}
+		if is {
+			details["role_left"] = role
+			return nil
+		}
+	}
+	return tx.Script(ctx, "drop role if exists "+postgres.Quote(role))
 }
 
 // RenameRequest says what a tenant is to be called. Zero values stay as they are.
@@ -664,7 +725,7 @@ func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
 			if err := tx.LockGate(ctx, t.Number); err != nil {
 				return err
 			}
-			if err := moveSchema(ctx, tx, t.Number, r.Schema.String()); err != nil {
+			if err := moveSchema(ctx, tx, t, r.Schema.String()); err != nil {
 				return err
 			}
 			_, err := tx.Exec(ctx, `update public.placements set epoch = epoch + 1 where number = $1`, t.Number)
