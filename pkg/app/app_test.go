@@ -2,6 +2,7 @@ package app_test
 
 import (
 	"context"
+	"encoding/json"
 	"io"
 	"log/slog"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -95,13 +97,16 @@ func (w *wire) set(cut bool) {
 }
 
 // open makes a process's parts, which remember nothing for longer than a moment by themselves.
-func open(t *testing.T, env *pgtest.Env, redis string) *app.App {
+func open(t *testing.T, env *pgtest.Env, redis string, change ...func(*config.Config)) *app.App {
 	t.Helper()
 	c := config.Default()
 	c.Database.URL, c.Database.OwnerURL, c.Server.Secret = env.Group.URL, env.Group.OwnerURL, pgtest.Secret
 	c.Server.Addr, c.Server.OpsAddr = "127.0.0.1:0", "127.0.0.1:0"
 	c.Redis.URL = redis
 	c.Cache.TenantTTL, c.Cache.LocalTTL, c.Cache.SharedTTL = time.Millisecond, time.Millisecond, time.Hour
+	for _, f := range change {
+		f(&c)
+	}
 	require.NoError(t, c.Validate())
 	a, err := app.Open(c, slog.New(slog.DiscardHandler))
 	require.NoError(t, err)
@@ -169,7 +174,7 @@ func TestALogoutThatRedisMissedRevivesNobody(t *testing.T) {
 	redis := pgtest.Redis(t)
 	w := newWire(t, redis)
 	here, there := open(t, env, w.url), open(t, env, redis.URL())
-	token := session(t, env)
+	token := session(t, env, tenant.Tenant{})
 	a, b := serve(t, here), serve(t, there)
 	require.Equal(t, http.StatusOK, do(t, a, "GET", "/api/v1/me", token))
 	w.set(true)
@@ -182,14 +187,49 @@ func TestALogoutThatRedisMissedRevivesNobody(t *testing.T) {
 	}, 15*time.Second, 20*time.Millisecond, "another process takes it for good for as long as Redis does")
 }
 
-// session makes an administrator who is logged in.
-func session(t *testing.T, env *pgtest.Env) (token string) {
+// Without Redis: whoever asks for a tenant's settings may be anybody, and must not cost a transaction each time.
+func TestWithoutRedisSettingsAreRemembered(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme, globex := env.Tenant(t, "acme"), env.Tenant(t, "globex")
+	token := session(t, env, acme)
+	addr := serve(t, open(t, env, "", func(c *config.Config) { c.Cache.LocalTTL = time.Hour }))
+	behind := func(tn tenant.Tenant, old, settings string) {
+		t.Helper()
+		require.NoError(t, env.DB.AsOwner(t.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+			return registry.SetSettings(t.Context(), tx, tn, json.RawMessage(old), json.RawMessage(settings))
+		}))
+	}
+	behind(acme, `{}`, `{"public":{"color":"red"}}`)
+	behind(globex, `{}`, `{"public":{"color":"green"}}`)
+	show := func(host string) string {
+		t.Helper()
+		status, body := ask(t, addr, "GET", host, "/api/v1/settings", "", "")
+		require.Equal(t, http.StatusOK, status, body)
+		return body
+	}
+	require.Contains(t, show("acme.localhost"), "red")
+	require.Contains(t, show("globex.localhost"), "green")
+	behind(acme, `{"public":{"color":"red"}}`, `{"public":{"color":"blue"}}`)
+	require.Contains(t, show("acme.localhost"), "red", "PostgreSQL is asked each time")
+	status, body := ask(t, addr, "PATCH", "acme.localhost", "/api/v1/settings", token, `{"public":{"size":"large"}}`)
+	require.Equal(t, http.StatusOK, status, body)
+	for range 2 {
+		require.JSONEq(t, `{"public":{"color":"blue","size":"large"}}`, show("acme.localhost"), "a change made here must be seen here")
+	}
+	require.Contains(t, show("globex.localhost"), "green")
+}
+
+// session makes somebody who is logged in: at a tenant, or with the zero tenant an administrator.
+func session(t *testing.T, env *pgtest.Env, tn tenant.Tenant) (token string) {
 	t.Helper()
-	h := auth.NewHasher(1)
-	hash, err := h.Hash(t.Context(), "correct horse battery staple")
+	hash, err := auth.NewHasher(1).Hash(t.Context(), "correct horse battery staple")
 	require.NoError(t, err)
-	realm := auth.Administrators()
-	require.NoError(t, env.DB.InShared(t.Context(), postgres.Write, func(tx *postgres.Tx) error {
+	realm, in := auth.Administrators(), func(fn func(*postgres.Tx) error) error { return env.DB.InShared(t.Context(), postgres.Write, fn) }
+	if !tn.IsZero() {
+		realm, in = auth.Tenants(), func(fn func(*postgres.Tx) error) error { return env.DB.InTenant(t.Context(), tn, postgres.Write, fn) }
+	}
+	require.NoError(t, in(func(tx *postgres.Tx) error {
 		if _, err := realm.AddUser(t.Context(), tx, auth.NewUser{Email: "root@example.com", Role: auth.RoleAdmin, PasswordHash: hash}); err != nil {
 			return err
 		}
@@ -203,14 +243,28 @@ func session(t *testing.T, env *pgtest.Env) (token string) {
 	return token
 }
 
+// do asks the administration.
 func do(t *testing.T, addr, method, path, token string) int {
 	t.Helper()
-	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+addr+path, strings.NewReader(""))
+	status, _ := ask(t, addr, method, "localhost", path, token, "")
+	return status
+}
+
+func ask(t *testing.T, addr, method, host, path, token, body string) (int, string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+addr+path, strings.NewReader(body))
 	require.NoError(t, err)
-	r.Host = "localhost"
-	r.Header.Set("Authorization", "Bearer "+token)
+	r.Host = host
+	if token != "" {
+		r.Header.Set("Authorization", "Bearer "+token)
+	}
+	if body != "" {
+		r.Header.Set("Content-Type", "application/merge-patch+json")
+	}
 	res, err := http.DefaultClient.Do(r)
 	require.NoError(t, err)
 	defer res.Body.Close()
-	return res.StatusCode
+	b, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	return res.StatusCode, string(b)
 }

@@ -119,6 +119,13 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	so.Admin, so.Settings, so.Hasher = admin{a}, settings{}, a.Hasher
 	if c.Redis.URL != "" {
 		so.Cache, so.Limiter = tenantCache{a.Cache}, limiter{a.Cache}
+	} else {
+		r, err := newRemembered(c.Cache.LocalTTL)
+		if err != nil {
+			return so, err
+		}
+		a.onClose(r.close)
+		so.Cache = r
 	}
 	so.Sessions = auth.SessionOptions{Idle: c.Auth.SessionIdle, Absolute: c.Auth.SessionAbsolute}
 	so.OnEnqueued = a.Provision.Wake
