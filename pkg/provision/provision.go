@@ -199,11 +199,13 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 // until the transaction ends. Without it a purge would take away what an undrop has just brought back.
 func unchanged(ctx context.Context, tx *postgres.OwnerTx, c change) error {
 	var slug, schema, state string
-	const lock = `select slug, schema, state from public.tenants where number = $1 for update`
-	if err := tx.QueryRow(ctx, lock, c.tenant.Number).Scan(&slug, &schema, &state); err != nil {
+	var epoch int64
+	const lock = `select slug, schema, state, epoch from public.tenants where number = $1 for update`
+	if err := tx.QueryRow(ctx, lock, c.tenant.Number).Scan(&slug, &schema, &state, &epoch); err != nil {
 		return err
 	}
-	if slug != c.tenant.Slug.String() || schema != c.tenant.Schema.String() || state != string(c.tenant.State) {
+	// The epoch tells a tenant that was undropped and dropped again, whose grace has begun anew, from one that was not.
+	if slug != c.tenant.Slug.String() || schema != c.tenant.Schema.String() || state != string(c.tenant.State) || epoch != c.tenant.Epoch {
 		return fault.New(fault.Conflict, "the tenant was changed by somebody else in between: it is %s now", state).
 			WithCode("tenant_changed").WithTenant(slug).WithHint("oneo tenant show %s", slug)
 	}

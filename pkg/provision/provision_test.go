@@ -592,3 +592,65 @@ func TestPurgeSparesWhatWasMadeAgain(t *testing.T) {
 	_, err = c.Exec(t.Context(), `select from `+name+`.keep`)
 	require.NoError(t, err)
 }
+
+// A tenant that was undropped and dropped again since it was read, or found overdue, has its whole grace before it.
+func TestGraceThatBeganAnew(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		t.Run(group, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, group)
+			ctx, acme := t.Context(), pgtest.Slug(t, "acme")
+			f.create(t, "acme", group)
+			read, err := f.p.Drop(ctx, acme, 0, "test")
+			require.NoError(t, err)
+			_, err = f.p.Undrop(ctx, acme, "test")
+			require.NoError(t, err)
+			_, err = f.p.Drop(ctx, acme, 0, "test")
+			require.NoError(t, err)
+			requireFault(t, f.p.PurgeAsRead(ctx, read), fault.Conflict, "tenant_changed")
+			requireFault(t, f.p.PurgeIfOverdue(ctx, acme), fault.Conflict, "not_overdue")
+			require.Equal(t, "dropped", f.scalar(t, `select state from public.tenants`))
+			f.scalar(t, `with u as (update public.tenants set purge_after = now() - interval '1 hour' returning 1) select count(*)::text from u`)
+			require.NoError(t, f.p.PurgeIfOverdue(ctx, acme))
+			require.Equal(t, "purged", f.scalar(t, `select state from public.tenants`))
+			f.invariants(t)
+		})
+	}
+}
+
+// Tenants that cannot be purged do not keep the worker from those behind them.
+func TestOverdueBehindFailing(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	c := pgtest.Admin(t, f.env.AdminURL)
+	const stuck = 21
+	for i := range stuck + 1 {
+		made := f.create(t, fmt.Sprintf("t-%02d", i), "main")
+		if i < stuck {
+			_, err := c.Exec(ctx, fmt.Sprintf(`create table public.held_%[1]d (id int); do $$ begin execute format('grant select on public.held_%[1]d to %%I', (select role from public.placements where number = %[1]d)); end $$`, made.Number), pgx.QueryExecModeSimpleProtocol)
+			require.NoError(t, err)
+		}
+		_, err := f.p.Drop(ctx, made.Slug, 0, "test")
+		require.NoError(t, err)
+	}
+	_, err := c.Exec(ctx, `update public.tenants set purge_after = now() - interval '1 day' + number * interval '1 minute'`)
+	require.NoError(t, err)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := f.p.Work(ctx); err != nil {
+			t.Errorf("worker: %v", err)
+		}
+	})
+	state := func() string { return f.scalar(t, `select state from public.tenants order by number desc limit 1`) }
+	for deadline := time.Now().Add(30 * time.Second); state() != "purged" && time.Now().Before(deadline); {
+		pause := time.NewTimer(50 * time.Millisecond)
+		<-pause.C
+	}
+	stop()
+	wg.Wait()
+	require.Equal(t, "purged", state(), "the tenant behind those that cannot be purged")
+	require.Equal(t, fmt.Sprint(stuck), f.scalar(t, `select count(*)::text from public.tenants where state = 'dropped'`))
+}

@@ -555,6 +555,11 @@ where number = $1 and state = 'dropped'`
 // Purge destroys a dropped tenant for good: schema, role, placement, ledger rows and domains. Its registry row stays
 // as a tombstone. Conflict: the tenant is not dropped. Only the schema that oneo itself has renamed away is destroyed.
 func (p *Provisioner) Purge(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error) {
+	return p.purge(ctx, slug, actor, false)
+}
+
+// purge is Purge; with overdue only if the tenant's grace is over in the transaction that begins it.
+func (p *Provisioner) purge(ctx context.Context, slug tenant.Slug, actor string, overdue bool) (tenant.Tenant, error) {
 	t, err := p.find(ctx, slug)
 	if err != nil {
 		return t, err
@@ -565,6 +570,15 @@ func (p *Provisioner) Purge(ctx context.Context, slug tenant.Slug, actor string)
 	c, err := p.purging(ctx, t, actor)
 	if err != nil {
 		return t, err
+	}
+	if overdue {
+		c.begin = func(ctx context.Context, q postgres.Querier) error {
+			var over bool
+			if err := q.QueryRow(ctx, `select purge_after < now() from public.tenants where number = $1`, t.Number).Scan(&over); err != nil || over {
+				return err
+			}
+			return fault.New(fault.Conflict, "the tenant's grace is not over").WithCode("not_overdue")
+		}
 	}
 	return p.run(ctx, c, nil)
 }

@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,7 +26,8 @@ const (
 func (p *Provisioner) Work(ctx context.Context) error {
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
-	var overdue time.Time
+	var looked time.Time
+	var at place
 	for {
 		for {
 			did, err := p.workOnce(ctx)
@@ -40,9 +42,10 @@ func (p *Provisioner) Work(ctx context.Context) error {
 				break
 			}
 		}
-		if time.Since(overdue) > time.Minute {
-			overdue = time.Now()
-			if err := p.purgeOverdue(ctx); err != nil && ctx.Err() == nil {
+		if at != (place{}) || time.Since(looked) > time.Minute {
+			looked = time.Now()
+			var err error
+			if at, err = p.purgeOverdue(ctx, at); err != nil && ctx.Err() == nil {
 				p.o.Logger.ErrorContext(ctx, "purge overdue tenants", "error", err)
 			}
 		}
@@ -290,30 +293,49 @@ func (p *Provisioner) renameOf(t tenant.Tenant, op registry.Operation, r request
 	return p.renaming(t, rr), nil
 }
 
-// purgeOverdue destroys tenants whose grace is over.
-func (p *Provisioner) purgeOverdue(ctx context.Context) error {
-	var overdue []tenant.Tenant
+// place is where a look for overdue tenants ended: the next one goes on behind it, so that tenants that cannot be
+// purged do not keep it from the others. The zero place is the beginning.
+type place struct {
+	after  time.Time
+	number int32
+}
+
+// purgeOverdue destroys up to maxPurgesEach tenants whose grace is over, and returns where to go on; the zero place: it
+// has seen all.
+func (p *Provisioner) purgeOverdue(ctx context.Context, from place) (place, error) {
+	type overdue struct {
+		place
+		slug string
+	}
+	var found []overdue
 	err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		const query = `select number from public.tenants where state = 'dropped' and purge_after < now() order by purge_after limit $1`
-		rows, err := tx.Query(ctx, query, maxPurgesEach)
+		const query = `select purge_after, number, slug from public.tenants
+where state = 'dropped' and purge_after < now() and ($2 = 0 or (purge_after, number) > ($1, $2)) order by purge_after, number limit $3`
+		rows, err := tx.Query(ctx, query, from.after, from.number, maxPurgesEach)
 		if err != nil {
 			return err
 		}
-		numbers, err := pgx.CollectRows(rows, pgx.RowTo[int32])
-		if err != nil {
-			return err
-		}
-		overdue, err = registry.ByNumbers(ctx, tx, numbers)
+		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (o overdue, err error) {
+			return o, row.Scan(&o.after, &o.number, &o.slug)
+		})
 		return err
 	})
 	if err != nil {
-		return err
+		return place{}, err
 	}
 	var errs []error
-	for _, t := range overdue {
-		if _, err := p.Purge(ctx, t.Slug, "oneo serve"); err != nil && !fault.Is(err, fault.Conflict) {
-			errs = append(errs, err)
+	for _, o := range found {
+		slug, err := tenant.ParseSlug(o.slug)
+		if err == nil {
+			_, err = p.purge(ctx, slug, "oneo serve", true)
+		}
+		// Somebody else has purged it, or brought it back.
+		if err != nil && !fault.Is(err, fault.Conflict) && !fault.Is(err, fault.NotFound) {
+			errs = append(errs, fmt.Errorf("purge %s: %w", o.slug, err))
 		}
 	}
-	return errors.Join(errs...)
+	if len(found) < maxPurgesEach {
+		return place{}, errors.Join(errs...)
+	}
+	return found[len(found)-1].place, errors.Join(errs...)
 }
