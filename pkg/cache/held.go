@@ -130,7 +130,8 @@ func (h *held) len() int {
 }
 
 // tell gives Redis one value that it did not take before. The time to live is the whole one again: a value that another
-// process set meanwhile may be overwritten, but not end sooner than it would have.
+// process set meanwhile may be overwritten, but not end sooner than it would have. That is right for bars, which are all
+// alike; of values that differ the last one would have to win.
 func (c *Cache) tell(ctx context.Context, asked Key) {
 	key, v := c.held.next(asked.s)
 	if v == nil {
