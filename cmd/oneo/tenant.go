@@ -68,7 +68,8 @@ func newTenantCreateCmd(e *env) *cobra.Command {
 		Long: `Create a tenant: its role, its schema with all migrations, its domain NAME.<base domain>,
 and with --admin-email its first user, whose password is printed once.
 
-It is one transaction: a create that fails or is killed leaves nothing behind.`,
+It is one transaction: a create that fails or is killed leaves nothing behind. In another group's
+database it is two: one that was killed in between is finished by the same command.`,
 		Example: "  oneo tenant create acme\n  oneo tenant create acme --name 'ACME Ltd' --domain crm.acme.com --admin-email ada@acme.com",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -127,9 +128,10 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 	if o.ifNotExists || o.dryRun {
 		t, err := tenantNamed(ctx, a, o.slug)
 		switch {
+		case err == nil && o.ifNotExists && t.State == tenant.Creating && !o.dryRun:
+			// It is finished, or made anew, below.
 		case err == nil && o.ifNotExists:
-			e.say("tenant %s exists already", t.Slug)
-			return showTenant(ctx, e, a, t, "")
+			return tenantExists(ctx, e, a, t)
 		case err == nil:
 			return fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").WithTenant(o.slug).
 				WithHint("oneo tenant show %s", o.slug)
@@ -163,17 +165,23 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 			return err
 		}
 	}
-	t, err := a.Provision.Create(ctx, r)
+	t, finished, err := a.Provision.CreateOrFinish(ctx, r)
 	var f *fault.Fault
 	if o.ifNotExists && errors.As(err, &f) && f.Code == "tenant_exists" {
 		// Somebody else made it since it was looked for.
 		if t, err = tenantNamed(ctx, a, o.slug); err == nil {
-			e.say("tenant %s exists already", t.Slug)
-			return showTenant(ctx, e, a, t, "")
+			return tenantExists(ctx, e, a, t)
 		}
 	}
 	if err != nil {
 		return err
+	}
+	if finished {
+		e.say("finished tenant %s, whose creation had been interrupted; it is as it was asked for then", t.Slug)
+		if r.AdminEmail != "" {
+			e.say("its first user's password is the first run's; another one: oneo user set-password %s -t %s", r.AdminEmail, t.Slug)
+		}
+		return showTenant(ctx, e, a, t, "")
 	}
 	e.say("created tenant %s", t.Slug)
 	if password != "" && e.output == "table" {
@@ -181,6 +189,20 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 	}
 	e.onlyHere("password", password)
 	return showTenant(ctx, e, a, t, password)
+}
+
+// tenantExists answers --if-not-exists: a tenant that is there is as good as one that was made, unless it was dropped.
+func tenantExists(ctx context.Context, e *env, a *app.App, t tenant.Tenant) error {
+	switch t.State {
+	case tenant.Dropped:
+		return fault.New(fault.Conflict, "a tenant of this name exists and is dropped").WithCode("tenant_dropped").WithTenant(t.Slug.String()).
+			WithHint("oneo tenant undrop %s", t.Slug)
+	case tenant.Suspended:
+		e.say("tenant %s exists already, and is suspended; serve it again: oneo tenant resume %s", t.Slug, t.Slug)
+	default:
+		e.say("tenant %s exists already", t.Slug)
+	}
+	return showTenant(ctx, e, a, t, "")
 }
 
 // showTenant shows one tenant with its domains; password, when there is one, is shown with it.

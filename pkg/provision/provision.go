@@ -358,12 +358,17 @@ func (p *Provisioner) named(err error, c change) error {
 // find reads the tenant that a change is about. An operation on it that another process has begun is waited for, for as
 // long as it shows signs of life, and finished here when that process is dead.
 func (p *Provisioner) find(ctx context.Context, slug tenant.Slug) (tenant.Tenant, error) {
+	t, _, err := p.findAndFinish(ctx, slug)
+	return t, err
+}
+
+// findAndFinish is find, and says which kind of operation it has finished, if any.
+func (p *Provisioner) findAndFinish(ctx context.Context, slug tenant.Slug) (t tenant.Tenant, finished string, err error) {
 	deadline := time.Now().Add(p.o.GateWait + p.o.StaleAfter)
 	for {
-		var t tenant.Tenant
 		var open registry.Operation
 		var unfinished, ours bool
-		err := p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+		err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
 			if t, err = registry.BySlug(ctx, tx, slug); err != nil {
 				return err
 			}
@@ -375,22 +380,23 @@ func (p *Provisioner) find(ctx context.Context, slug tenant.Slug) (tenant.Tenant
 		})
 		switch {
 		case err != nil || !unfinished:
-			return t, err
+			return t, finished, err
 		case ours:
 			open.Attempts++
 			if err := p.carryOut(ctx, open); err != nil {
-				return t, err
+				return t, "", err
 			}
+			finished = open.Kind
 			continue
 		case time.Now().After(deadline):
-			return t, running(open).WithTenant(slug.String())
+			return t, "", running(open).WithTenant(slug.String())
 		}
 		timer := time.NewTimer(100 * time.Millisecond)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return t, ctx.Err()
+			return t, "", ctx.Err()
 		}
 	}
 }

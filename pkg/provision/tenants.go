@@ -69,20 +69,29 @@ func (w request) create(actor string) (CreateRequest, error) {
 }
 
 // Create makes a tenant: registry row, domains, role, schema, every migration and the first user. Faults: Conflict
-// when the name, the schema or a domain is taken; Invalid when the request cannot be met.
+// when the name, the schema or a domain is taken; Invalid when the request cannot be met. A creation of the same name
+// that was killed in the middle is finished as it was asked for then.
 func (p *Provisioner) Create(ctx context.Context, r CreateRequest) (tenant.Tenant, error) {
+	t, _, err := p.CreateOrFinish(ctx, r)
+	return t, err
+}
+
+// CreateOrFinish is Create, and says whether it has only finished what an earlier process had begun: then the tenant is
+// as it was asked for then, with that request's first user.
+func (p *Provisioner) CreateOrFinish(ctx context.Context, r CreateRequest) (t tenant.Tenant, finished bool, err error) {
 	if err := p.checkCreate(&r); err != nil {
-		return tenant.Tenant{}, err
+		return t, false, err
 	}
-	number, err := p.reserve(ctx, r.Slug, r.Actor)
-	if err != nil {
-		return tenant.Tenant{}, err
+	number, t, err := p.reserve(ctx, r.Slug, r.Actor)
+	if err != nil || number == 0 {
+		return t, err == nil, err
 	}
 	c, err := p.creation(ctx, r, number)
 	if err != nil {
-		return tenant.Tenant{}, err
+		return tenant.Tenant{}, false, err
 	}
-	return p.run(ctx, c, nil)
+	t, err = p.run(ctx, c, nil)
+	return t, false, err
 }
 
 // Check completes a request with its defaults and refuses one that can never succeed. It asks no database.
@@ -126,8 +135,9 @@ func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	return nil
 }
 
-// reserve takes a number for a tenant whose name nobody has.
-func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor string) (number int32, err error) {
+// reserve takes a number for a tenant whose name nobody has. Without a number it returns the tenant of that name, whose
+// creation it has finished.
+func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor string) (number int32, t tenant.Tenant, err error) {
 	settled := false
 	for {
 		var taken bool
@@ -136,25 +146,27 @@ func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor strin
 			return err
 		})
 		if err != nil || !taken {
-			return number, err
+			return number, t, err
 		}
 		// A create that was killed between two databases is finished by asking for the same again.
-		t, err := p.find(ctx, slug)
+		t, kind, err := p.findAndFinish(ctx, slug)
 		switch {
 		case fault.Is(err, fault.NotFound): // or undone
 			continue
 		case err != nil:
-			return 0, err
+			return 0, t, err
 		case t.State == tenant.Creating && !settled:
 			settled = true
-			if _, err := p.run(ctx, p.settling(t, actor), nil); err != nil && !notMade(err) {
-				return 0, err
+			if t, err = p.run(ctx, p.settling(t, actor), nil); err == nil || !notMade(err) {
+				return 0, t, err
 			}
 			continue
+		case kind == KindCreate && t.State == tenant.Active:
+			return 0, t, nil
 		case t.State == tenant.Creating:
-			return 0, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
+			return 0, t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
 		}
-		return 0, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
+		return 0, t, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
 			WithTenant(slug.String()).WithHint("oneo tenant show %s", slug)
 	}
 }

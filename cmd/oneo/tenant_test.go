@@ -1,0 +1,61 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+)
+
+// command runs oneo on the test's databases, the main one and a group called second.
+type command struct {
+	t       *testing.T
+	env     *pgtest.Env
+	environ []string
+}
+
+func newCommand(t *testing.T) command {
+	t.Helper()
+	env := pgtest.New(t)
+	second := env.SecondGroup(t)
+	c := command{t: t, env: env, environ: []string{
+		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
+		"ONEO_DATABASE_GROUPS_SECOND_URL=" + second.URL, "ONEO_DATABASE_GROUPS_SECOND_OWNER_URL=" + second.OwnerURL,
+	}}
+	c.run(0, "migrate --shared")
+	return c
+}
+
+// run returns what the command tells, its answer before its story, and holds its exit code.
+func (c command) run(code int, line string) string {
+	c.t.Helper()
+	var out, story bytes.Buffer
+	got := run(c.t.Context(), strings.Fields(line), c.environ, strings.NewReader(""), &out, &story)
+	require.Equalf(c.t, code, got, "oneo %s:\n%s%s", line, &out, &story)
+	return out.String() + story.String()
+}
+
+func (c command) sql(statement string) {
+	c.t.Helper()
+	_, err := pgtest.Admin(c.t, c.env.AdminURL).Exec(c.t.Context(), statement)
+	require.NoError(c.t, err)
+}
+
+// A creation that was interrupted is finished by the same command, which then succeeds and invents no password.
+func TestInterruptedCreateIsFinished(t *testing.T) {
+	t.Parallel()
+	c := newCommand(t)
+	c.run(0, "tenant create acme --group second --admin-email ada@acme.example")
+	for _, flag := range []string{"", " --if-not-exists"} {
+		c.sql(`update public.tenants set state = 'creating'`)
+		told := c.run(0, "tenant create acme --group second --admin-email ada@acme.example"+flag)
+		require.Contains(t, told, "finished tenant acme")
+		require.Contains(t, told, "oneo user set-password ada@acme.example -t acme")
+		require.NotRegexp(t, `(?m)^password`, told)
+		require.Regexp(t, `state +active`, told)
+	}
+	c.run(1, "tenant create acme --group second")
+}
