@@ -341,7 +341,7 @@ func devFill(ctx context.Context, e *env, a *app.App, state *devState, o devOpti
 // devMigrate brings tenants of an earlier version up.
 func devMigrate(ctx context.Context, e *env, a *app.App) error {
 	s := selector{all: true}
-	ts, err := behind(ctx, a, s)
+	ts, _, err := behind(ctx, a, s)
 	if err != nil || len(ts) == 0 {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -123,12 +124,24 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 		}
 		return show(e, rows, migratedColumns)
 	}
-	ts, err := behind(ctx, a, o.selector)
+	ts, passed, err := behind(ctx, a, o.selector)
 	if err != nil {
 		return err
 	}
+	for _, t := range passed {
+		why := fault.New(fault.Conflict, "it is %s", t.State).WithCode("wrong_state")
+		if t.State == tenant.Dropped {
+			why = why.WithHint("oneo tenant undrop %s", t.Slug)
+		}
+		e.say("skipped %s: it is %s", t.Slug, t.State)
+		rows = append(rows, migrated{fleet.Outcome{Tenant: t.Slug.String(), Status: fleet.Skipped, Err: why}})
+	}
 	if len(ts) == 0 {
-		e.say("nothing to do: every selected tenant is at version %d", a.Migrate.Head(migrate.TenantSet))
+		if len(passed) == 0 {
+			e.say("nothing to do: every selected tenant is at version %d", a.Migrate.Head(migrate.TenantSet))
+		} else {
+			e.say("nothing to do: every other selected tenant is at version %d", a.Migrate.Head(migrate.TenantSet))
+		}
 		if e.output == "table" {
 			return nil
 		}
@@ -180,36 +193,49 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, t
 }
 
 // behind lists the selected tenants that lack migrations: one query for each group, and another for the names only if
-// there are any.
-func behind(ctx context.Context, a *app.App, s selector) ([]tenant.Tenant, error) {
+// there are any. passed are those that were named and are in a state that is not selected.
+func behind(ctx context.Context, a *app.App, s selector) (selected, passed []tenant.Tenant, err error) {
 	f, err := s.filter()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	lacking := map[int32]bool{}
+	late, err := lacking(ctx, a)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(late) == 0 && len(f.Names) == 0 && len(f.Exclude) == 0 && f.Group == "" {
+		return nil, nil, nil
+	}
+	s.behind = false // they are told apart here
+	states := f.States
+	f.States = nil
+	all, err := s.list(ctx, a, f)
+	for _, t := range all {
+		switch {
+		case !slices.Contains(states, t.State):
+			if slices.Contains(f.Names, t.Slug.String()) {
+				passed = append(passed, t)
+			}
+		case late[t.Number]:
+			selected = append(selected, t)
+		}
+	}
+	return selected, passed, err
+}
+
+// lacking finds who lacks migrations, in one query for each group.
+func lacking(ctx context.Context, a *app.App) (map[int32]bool, error) {
+	late := map[int32]bool{}
 	for _, group := range a.DB.Groups() {
 		bs, err := a.Migrate.TenantsBehind(ctx, group)
 		if err != nil {
 			return nil, err
 		}
 		for _, b := range bs {
-			lacking[b.Number] = true
+			late[b.Number] = true
 		}
 	}
-	if len(lacking) == 0 && len(f.Names) == 0 {
-		return nil, nil
-	}
-	var selected []tenant.Tenant
-	err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		ts, err := registry.List(ctx, tx, f)
-		for _, t := range ts {
-			if lacking[t.Number] {
-				selected = append(selected, t)
-			}
-		}
-		return err
-	})
-	return selected, err
+	return late, nil
 }
 
 func names(files []migrate.File) string {

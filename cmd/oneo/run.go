@@ -328,6 +328,7 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	}
 	f := root.PersistentFlags()
 	f.StringVar(&e.configFile, "config", "", "configuration `FILE`")
+	f.String("schemas", "", "`DIR` of a product's own tenant migrations, instead of schemas.dir")
 	f.StringVarP(&e.output, "output", "o", "table", "table, json, yaml, csv, ndjson or name")
 	f.BoolVarP(&e.quiet, "quiet", "q", false, "tell no story on stderr")
 	f.BoolVarP(&e.verbose, "verbose", "v", false, "log more")
@@ -335,7 +336,12 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	f.BoolVar(&e.debug, "debug", false, "show the whole chain of an error")
 	f.BoolVar(&e.noColor, "no-color", false, "no colours")
 	root.SetFlagErrorFunc(flagError)
-	root.PersistentPreRunE = func(*cobra.Command, []string) error { return checkOutput(e.output) }
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if flag := cmd.Flags().Lookup("schemas"); flag != nil && flag.Changed {
+			e.flags["schemas.dir"] = flag.Value.String()
+		}
+		return checkOutput(e.output)
+	}
 	root.CompletionOptions.HiddenDefaultCmd = false
 	root.AddCommand(
 		newInitCmd(e), newServeCmd(e), newDevCmd(e), newTenantCmd(e), newDomainCmd(e), newUserCmd(e), newAdminCmd(e), newKeyCmd(e),

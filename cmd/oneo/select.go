@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,6 +23,7 @@ type selector struct {
 	exclude []string
 	states  []string
 	group   string
+	behind  bool
 	all     bool
 }
 
@@ -32,6 +34,7 @@ func (s *selector) bind(cmd *cobra.Command, e *env) {
 	f.StringArrayVar(&s.exclude, "exclude", nil, "not this `NAME` or glob; wins over --tenant; repeatable")
 	f.StringArrayVar(&s.states, "state", nil, "only tenants in this `STATE`: active or suspended; repeatable")
 	f.StringVar(&s.group, "group", "", "only tenants of this database `GROUP`")
+	f.BoolVar(&s.behind, "behind", false, "only tenants that lack migrations")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 }
 
@@ -91,16 +94,54 @@ func (s *selector) filter() (registry.Filter, error) {
 }
 
 // tenants reads the selected tenants.
-func (s *selector) tenants(ctx context.Context, a *app.App) (ts []tenant.Tenant, err error) {
+func (s *selector) tenants(ctx context.Context, a *app.App) ([]tenant.Tenant, error) {
 	f, err := s.filter()
 	if err != nil {
 		return nil, err
 	}
+	return s.list(ctx, a, f)
+}
+
+// list reads the tenants of the selection's filter.
+func (s *selector) list(ctx context.Context, a *app.App, f registry.Filter) (ts []tenant.Tenant, err error) {
+	var late map[int32]bool
+	if s.behind {
+		if late, err = lacking(ctx, a); err != nil {
+			return nil, err
+		}
+	}
 	err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		if err := knownGroup(ctx, a, tx, s.group); err != nil {
+			return err
+		}
 		ts, err = registry.List(ctx, tx, f)
 		return err
 	})
+	if s.behind {
+		ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return !late[t.Number] })
+	}
 	return ts, err
+}
+
+// knownGroup refuses a group that is neither configured nor any tenant's: mistyped, it would select nobody.
+func knownGroup(ctx context.Context, a *app.App, tx *postgres.OwnerTx, name string) error {
+	if name == "" || slices.Contains(a.DB.Groups(), name) {
+		return nil
+	}
+	groups, err := registry.Groups(ctx, tx)
+	if err != nil {
+		return err
+	}
+	known := slices.Clone(a.DB.Groups())
+	for _, g := range groups {
+		known = append(known, g.Name)
+	}
+	if slices.Contains(known, name) {
+		return nil
+	}
+	slices.Sort(known)
+	return fault.New(fault.NotFound, "there is no database group %q", name).WithCode("unknown_group").
+		WithHint("the groups are: %s", strings.Join(slices.Compact(known), ", "))
 }
 
 // tenantNamed reads the one tenant that an argument names.

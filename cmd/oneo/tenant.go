@@ -262,16 +262,13 @@ func newTenantListCmd(e *env) *cobra.Command {
 			if len(s.states) == 0 {
 				f.States = nil
 			}
-			var rows []tenantRow
-			err = a.DB.AsOwner(cmd.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-				ts, err := registry.List(cmd.Context(), tx, f)
-				for _, t := range ts {
-					rows = append(rows, tenantRow{Tenant: t, url: a.URL(t.Primary)})
-				}
-				return err
-			})
+			ts, err := s.list(cmd.Context(), a, f)
 			if err != nil {
 				return err
+			}
+			var rows []tenantRow
+			for _, t := range ts {
+				rows = append(rows, tenantRow{Tenant: t, url: a.URL(t.Primary)})
 			}
 			return show(e, rows, tenantColumns)
 		},

@@ -59,3 +59,34 @@ func TestInterruptedCreateIsFinished(t *testing.T) {
 	}
 	c.run(1, "tenant create acme --group second")
 }
+
+// What a selector names and is not there is told, with what there is.
+func TestSelectors(t *testing.T) {
+	t.Parallel()
+	c := newCommand(t)
+	for _, slug := range []string{"acme", "beta", "gamma"} {
+		c.run(0, "tenant create "+slug)
+	}
+	require.Contains(t, c.run(10, "migrate --all-tenants --exclude acm"), "acme")
+	require.Contains(t, c.run(10, "tenant list --exclude acm"), "acme")
+	c.run(0, "tenant list --exclude none-*")
+	for _, line := range []string{"migrate --all-tenants --group secnd", "tenant list --group secnd", "cache flush --all-tenants --group secnd"} {
+		require.Contains(t, c.run(10, line), "main, second")
+	}
+	c.run(0, "tenant list --group second")
+
+	c.run(0, "tenant drop beta --yes")
+	c.sql(`update public.tenants set state = 'creating' where slug = 'gamma'`)
+	told := c.run(0, "migrate -t acme -t beta -t gamma")
+	require.Contains(t, told, "skipped beta: it is dropped")
+	require.Contains(t, told, "skipped gamma: it is creating")
+	require.NotContains(t, told, "every selected tenant")
+	require.NotContains(t, c.run(0, "migrate --all-tenants"), "skipped beta")
+	require.NotContains(t, c.run(0, "migrate -t acme -t beta --exclude beta"), "skipped beta")
+
+	require.NotContains(t, c.run(0, "tenant list --behind"), "acme")
+	c.sql(`with l as (delete from public.ledger where set = 'tenant' and version = 2 and tenant = 1) update public.placements set version = 1 where number = 1`)
+	told = c.run(0, "tenant list --behind")
+	require.Contains(t, told, "acme")
+	require.NotContains(t, told, "beta")
+}

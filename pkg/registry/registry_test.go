@@ -83,6 +83,12 @@ func TestList(t *testing.T) {
 	requireFault(t, err, fault.NotFound, "unknown_tenant")
 	require.Contains(t, fault.Of(err).Hint, "acme-1")
 	require.NotContains(t, fault.Of(err).Hint, "globex", "the hint names what looks like it, and nothing else")
+	err = app(env, func(ctx context.Context, q postgres.Querier) error {
+		_, err := registry.List(ctx, q, registry.Filter{Exclude: []string{"acme-9"}})
+		return err
+	})
+	requireFault(t, err, fault.NotFound, "unknown_tenant")
+	require.Contains(t, fault.Of(err).Hint, "acme-1")
 	for _, bad := range []string{"[", `a\b`, "", "[a-"} {
 		err := app(env, func(ctx context.Context, q postgres.Querier) error {
 			_, err := registry.List(ctx, q, registry.Filter{Names: []string{bad}})

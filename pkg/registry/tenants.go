@@ -116,7 +116,8 @@ type Filter struct {
 }
 
 // List reads the tenants that a filter selects, in the order of their slugs. A name without * or ? that no tenant has
-// is NotFound with the names that look like it; a name that is excluded or in another state is simply not selected.
+// is NotFound with the names that look like it, also one that is to be excluded: mistyped, it would exclude nobody. A
+// name that is excluded or in another state is simply not selected.
 func List(ctx context.Context, q postgres.Querier, f Filter) ([]tenant.Tenant, error) {
 	for _, pattern := range slices.Concat(f.Names, f.Exclude) {
 		if _, err := path.Match(pattern, ""); err != nil || strings.ContainsAny(pattern, `\`) || pattern == "" {
@@ -140,7 +141,7 @@ order by t.slug limit nullif($6::int, 0)`
 	if err != nil {
 		return nil, err
 	}
-	return found, missingNames(ctx, q, f.Names, found)
+	return found, missingNames(ctx, q, slices.Concat(f.Names, f.Exclude), found)
 }
 
 // likes turns globs into LIKE patterns. A slug holds neither % nor _ nor a backslash.
