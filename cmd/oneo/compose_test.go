@@ -1,15 +1,23 @@
 package main_test
 
 import (
+	"context"
+	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
+	goredis "github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 	"gopkg.in/yaml.v3"
 
+	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/config"
 )
 
@@ -103,8 +111,9 @@ func TestComposeGivesAValidConfiguration(t *testing.T) {
 			require.Contains(t, command, "postgres://postgres:"+admin+"@postgres:5432/", "init logs in as compose's administrator")
 		}
 		redis, _ := interpolated(strings.Join(c.Services["redis"].Command, " "))
-		_, password, _ := strings.Cut(redis, "--requirepass ")
-		require.Contains(t, cfg.Redis.URL, ":"+password+"@", "%s has Redis's password", name)
+		_, password, _ := strings.Cut(redis, "--user oneo on >")
+		password, _, _ = strings.Cut(password, " ")
+		require.Contains(t, cfg.Redis.URL, "//oneo:"+password+"@", "%s has Redis's user", name)
 	}
 }
 
@@ -127,6 +136,73 @@ func TestComposeStartsInOrder(t *testing.T) {
 			require.NotEmpty(t, s.Healthcheck.Test, "%s is waited for until it is healthy", name)
 		}
 	}
+}
+
+// Security 36: compose's Redis lets in one user, who may do what oneo does and nothing that reaches further.
+func TestComposeRedisLetsOneoDoItsWork(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	addr := l.Addr().String()
+	require.NoError(t, l.Close())
+	_, port, _ := net.SplitHostPort(addr)
+	var args []string
+	for _, a := range readCompose(t).Services["redis"].Command[2:] {
+		a, _ = interpolated(a)
+		args = append(args, a)
+	}
+	conf := filepath.Join(t.TempDir(), "redis.conf")
+	here := strings.Replace(repositoryFile(t, "config/redis.conf"), "dir /data", "dir "+filepath.Dir(conf), 1)
+	require.NoError(t, os.WriteFile(conf, []byte(here), 0o600))
+	args = append([]string{conf, "--port", port, "--bind", "127.0.0.1"}, args...)
+	cmd := exec.CommandContext(t.Context(), "redis-server", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+
+	url, _ := interpolated(readCompose(t).Services["oneo"].Environment["ONEO_REDIS_URL"])
+	url = strings.Replace(url, "redis:6379", addr, 1)
+	c, err := cache.Open(cache.Options{URL: url, Timeout: 2 * time.Second})
+	require.NoError(t, err)
+	defer c.Close()
+	require.Eventually(t, func() bool { return c.Ping(t.Context()) == nil }, 20*time.Second, 20*time.Millisecond, "Redis does not start, or does not let oneo in")
+	heard := make(chan string, 1)
+	c.OnMessage(func(m cache.Message) { heard <- m.Value })
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	go c.Listen(ctx, func() {})
+	key, err := cache.PublicKey("kind", "id")
+	require.NoError(t, err)
+	require.NoError(t, c.Set(ctx, key, []byte("value"), time.Minute))
+	value, found := c.Get(ctx, key)
+	require.True(t, found)
+	require.Equal(t, "value", string(value))
+	c.Add(ctx, key, []byte("other"), time.Minute)
+	rate, err := cache.PublicKey("rate", "id")
+	require.NoError(t, err)
+	require.True(t, c.Allow(ctx, rate, cache.Limit{Count: 1, Per: time.Hour}).Allowed)
+	require.False(t, c.Allow(ctx, rate, cache.Limit{Count: 1, Per: time.Hour}).Allowed)
+
+	o, err := goredis.ParseURL(url)
+	require.NoError(t, err)
+	o.MaxRetries = -1
+	client := goredis.NewClient(o)
+	defer client.Close()
+	require.Eventually(t, func() bool { // whom the listener's subscription reaches, its own process does not need
+		return client.Publish(ctx, "oneo:invalidate", "kind other").Val() == 1
+	}, 20*time.Second, 20*time.Millisecond, "the listener may not subscribe")
+	require.Equal(t, "other", <-heard)
+	for _, command := range []string{"flushall", "flushdb", "keys *", "config get *", "scan 0", "monitor", "shutdown", "acl list", "script flush", "del " + key.String(), "subscribe elsewhere", "replicaof no one"} {
+		var words []any
+		for _, w := range strings.Fields(command) {
+			words = append(words, w)
+		}
+		require.ErrorContains(t, client.Do(ctx, words...).Err(), "NOPERM", command)
+	}
+	o.Username, o.Password = "default", "redis-password-for-a-try"
+	other := goredis.NewClient(o)
+	defer other.Close()
+	require.Error(t, other.Ping(ctx).Err(), "the user that everybody knows is off")
 }
 
 func TestComposeKeepsItsData(t *testing.T) {
