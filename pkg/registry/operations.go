@@ -140,9 +140,14 @@ func oneRow(tag interface{ RowsAffected() int64 }, err error) error {
 // NextQueued locks the oldest operation that waits for a worker, until the transaction ends; others skip it. The bool
 // is false when there is none.
 func NextQueued(ctx context.Context, q postgres.Querier) (Operation, bool, error) {
-	// What waits for another operation on the same tenant does not hold up the others behind it.
+	// What waits for another operation on the same tenant does not hold up the others behind it. An older queued one
+	// counts as well: another worker may be claiming it at this moment, and its row is skipped here. A rename that runs
+	// stands under the former name, and is found by the tenant's number.
 	const next = `select ` + operationColumns + ` from public.operations where state = 'queued'
-and not exists (select from public.operations r where r.state = 'running' and r.slug = operations.slug)
+and not exists (select from public.operations r where r.state in ('queued', 'running') and r.slug = operations.slug
+	and (r.state = 'running' or (r.created_at, r.id) < (operations.created_at, operations.id)))
+and not exists (select from public.operations r join public.tenants t on t.number = r.tenant
+	where r.state = 'running' and t.slug = operations.slug and t.state <> 'purged')
 order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next)))
 }

@@ -307,6 +307,53 @@ func TestOperationsAreClaimedOnce(t *testing.T) {
 	requireFault(t, err, fault.NotFound, "unknown_operation")
 }
 
+// The operations of one tenant are claimed in their order, and one that has to wait holds up no other tenant's.
+func TestQueueKeepsEachTenantsOrder(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme, beta, gamma := env.Tenant(t, "acme"), env.Tenant(t, "beta"), env.Tenant(t, "gamma")
+	ctx := t.Context()
+	queue := func(kind string, tn tenant.Tenant) (id uuid.UUID) {
+		require.NoError(t, app(env, func(ctx context.Context, q postgres.Querier) error {
+			op, err := registry.Enqueue(ctx, q, kind, tn.Slug.String(), "test", nil)
+			id = op.ID
+			return err
+		}))
+		return id
+	}
+	first := queue("tenant.suspend", acme)
+	queue("tenant.resume", acme)
+	other := queue("tenant.suspend", beta)
+	require.NoError(t, env.DB.AsOwner(ctx, "main", func(claiming *postgres.OwnerTx) error {
+		op, found, err := registry.NextQueued(ctx, claiming)
+		require.NoError(t, err)
+		require.True(t, found)
+		require.Equal(t, first, op.ID)
+		return env.DB.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+			op, found, err := registry.NextQueued(ctx, tx)
+			require.NoError(t, err)
+			require.True(t, found)
+			require.Equal(t, other, op.ID, "while a tenant's first operation is being claimed, its second one waits")
+			return registry.Start(ctx, tx, other, beta.Number)
+		})
+	}))
+	require.NoError(t, env.DB.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+		// A rename that runs: its row has the former name, the tenant the new one.
+		_, err := registry.Begin(ctx, tx, "tenant.rename", acme, "test", nil)
+		require.NoError(t, err)
+		_, err = tx.Exec(ctx, `update public.operations set slug = 'former' where kind = 'tenant.rename'`)
+		return err
+	}))
+	last := queue("tenant.suspend", gamma)
+	require.NoError(t, env.DB.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+		op, found, err := registry.NextQueued(ctx, tx)
+		require.NoError(t, err)
+		require.True(t, found)
+		require.Equal(t, last, op.ID, "what waits for a rename must not block the queue")
+		return nil
+	}))
+}
+
 // What has failed before is left alone for longer, and taken up again all the same.
 func TestInterruptedOperationsBackOff(t *testing.T) {
 	t.Parallel()
