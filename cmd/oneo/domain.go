@@ -2,10 +2,14 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/config"
+	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -14,9 +18,12 @@ import (
 func newDomainCmd(e *env) *cobra.Command {
 	var primary bool
 	add := domainVerb(e, "add NAME HOST", "Give a tenant another domain",
-		"The domain is trusted as given and served at once. A domain that another tenant has, or had a short while ago, is refused.",
+		"The domain is trusted as given and served at once. A domain that another tenant has, or had a short while ago, is refused,\nand so is one of server.public_hosts, where administrators are served.",
 		"  oneo domain add acme crm.acme.com\n  oneo domain add acme crm.acme.com --primary",
 		func(ctx context.Context, a *app.App, tx *postgres.OwnerTx, t tenant.Tenant, h tenant.Host) error {
+			if err := notPublic(a.Config, h); err != nil {
+				return err
+			}
 			return registry.AddDomain(ctx, tx, t, h, primary)
 		}, "domain.add")
 	add.Flags().BoolVar(&primary, "primary", false, "make it the canonical one")
@@ -46,6 +53,34 @@ func newDomainCmd(e *env) *cobra.Command {
 				return registry.SetPrimary(ctx, tx, t, h)
 			}, "domain.primary"),
 	)
+}
+
+// publicHosts are those where administrators are served, and no tenant.
+func publicHosts(c config.Config) ([]tenant.Host, error) {
+	var hosts []tenant.Host
+	for _, name := range c.Server.PublicHosts {
+		h, err := tenant.ParseHost(name)
+		if err != nil {
+			return nil, fmt.Errorf("server.public_hosts: %w", err)
+		}
+		hosts = append(hosts, h)
+	}
+	return hosts, nil
+}
+
+// notPublic refuses a public host for a tenant: the server would never serve it there.
+func notPublic(c config.Config, hosts ...tenant.Host) error {
+	public, err := publicHosts(c)
+	if err != nil {
+		return err
+	}
+	for _, h := range hosts {
+		if slices.Contains(public, h) {
+			return fault.New(fault.Invalid, "%s is a public host, where administrators are served", h).WithCode("public_host").
+				WithHint("choose another one, or take it out of server.public_hosts")
+		}
+	}
+	return nil
 }
 
 var domainColumns = []column[registry.Domain]{

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -26,8 +27,8 @@ func newHostsCmd(e *env) *cobra.Command {
 	var file, address string
 	cmd := &cobra.Command{
 		Use: "hosts", Short: "Name this machine's tenants in /etc/hosts",
-		Long: `Write the lines of /etc/hosts for every domain that is not under .localhost, which resolves to this machine
-by itself. --apply replaces oneo's own block in the file and touches nothing else.`,
+		Long: `Write the lines of /etc/hosts for every tenant's domain and every public host (server.public_hosts) that is
+not under .localhost, which resolves to this machine by itself. --apply replaces oneo's own block in the file and touches nothing else.`,
 		Example: "  oneo hosts --print\n  sudo oneo hosts --apply", Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if print == apply {
@@ -40,7 +41,17 @@ by itself. --apply replaces oneo's own block in the file and touches nothing els
 			if err != nil {
 				return err
 			}
+			public, err := publicHosts(a.Config)
+			if err != nil {
+				return err
+			}
 			var hosts, lines []string
+			for _, h := range public {
+				if name := h.String(); name != "localhost" && !strings.HasSuffix(name, ".localhost") {
+					hosts = append(hosts, name)
+					lines = append(lines, address+" "+name)
+				}
+			}
 			err = a.DB.AsOwner(cmd.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 				const domains = `select d.host from public.domains d join public.tenants t on t.number = d.tenant
 where t.state in ('active', 'suspended') and d.host not like '%.localhost' order by d.host`
@@ -91,7 +102,7 @@ where t.state in ('active', 'suspended') and d.host not like '%.localhost' order
 }
 
 // applyHosts replaces oneo's block of a hosts file. The file is written beside and renamed; where that is not possible,
-// as with a mounted /etc/hosts, it is written in place.
+// as with a mounted /etc/hosts, it is written in place. On a full disk it is not: that would cut the file short.
 func applyHosts(file string, lines []string) error {
 	old, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -120,21 +131,29 @@ func applyHosts(file string, lines []string) error {
 		return nil
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(file), ".oneo-hosts-")
+	inPlace := cannotReplace(err)
 	if err == nil {
 		_, err = tmp.Write(text)
 		err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
 		if err == nil {
 			err = os.Rename(tmp.Name(), file)
+			inPlace = cannotReplace(err)
 		}
 		if err != nil {
 			_ = os.Remove(tmp.Name()) // it is of no use
 		}
 	}
-	if err != nil {
+	if inPlace {
 		err = os.WriteFile(file, text, 0o644)
 	}
 	if err != nil {
 		return fault.Wrap(err, fault.Forbidden, "%s cannot be written", file).WithHint("run it with sudo, or use --print")
 	}
 	return nil
+}
+
+// cannotReplace reports whether a file can be written where it stands and not replaced by another: its folder is closed
+// to us, or it is a mount of its own.
+func cannotReplace(err error) bool {
+	return errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EXDEV)
 }

@@ -125,6 +125,9 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 	if err != nil {
 		return err
 	}
+	if err := notPublic(a.Config, append(r.Domains, r.Slug.Under(a.Base))...); err != nil {
+		return err
+	}
 	if o.ifNotExists || o.dryRun {
 		t, err := tenantNamed(ctx, a, o.slug)
 		switch {
@@ -320,6 +323,9 @@ requests of the tenant wait for the milliseconds that it takes.`,
 			}
 			a, err := e.open()
 			if err != nil {
+				return err
+			}
+			if err := notPublic(a.Config, r.Slug.Under(a.Base)); err != nil {
 				return err
 			}
 			t, err := a.Provision.Rename(cmd.Context(), slug, r)

@@ -2,7 +2,10 @@ package main
 
 import (
 	"bytes"
+	"io/fs"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -89,4 +92,33 @@ func TestSelectors(t *testing.T) {
 	told = c.run(0, "tenant list --behind")
 	require.Contains(t, told, "acme")
 	require.NotContains(t, told, "beta")
+}
+
+// A public host is the administrators', whoever asks for it; the lines of /etc/hosts have it too.
+func TestPublicHosts(t *testing.T) {
+	t.Parallel()
+	c := newCommand(t)
+	c.environ = append(c.environ, "ONEO_SERVER_PUBLIC_HOSTS=localhost,admin.example,ops.localhost")
+	c.run(0, "tenant create acme")
+	for _, line := range []string{
+		"domain add acme admin.example", "tenant create beta --domain ADMIN.example", "tenant create ops", "tenant rename acme ops",
+		"tenant create beta --domain admin.example --dry-run",
+	} {
+		require.Contains(t, c.run(2, line), "public host")
+	}
+	require.NotContains(t, c.run(0, "tenant list"), "beta")
+	c.run(0, "domain add acme crm.example")
+	told := c.run(0, "hosts --print")
+	require.Equal(t, "127.0.0.1 admin.example\n127.0.0.1 crm.example\n", told)
+}
+
+// A hosts file is written over only where it cannot be replaced.
+func TestHostsInPlace(t *testing.T) {
+	t.Parallel()
+	for err, want := range map[error]bool{
+		nil: false, fs.ErrPermission: true, syscall.EACCES: true, syscall.EPERM: true, syscall.EROFS: true, syscall.EBUSY: true, syscall.EXDEV: true,
+		syscall.ENOSPC: false, syscall.EIO: false, syscall.EDQUOT: false,
+	} {
+		require.Equalf(t, want, cannotReplace(&os.LinkError{Op: "rename", Err: err}), "%v", err)
+	}
 }

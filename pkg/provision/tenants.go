@@ -632,6 +632,10 @@ func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string
 			return !there, err
 		},
 		finish: func(ctx context.Context, q postgres.Querier) error {
+			// Whoever is giving the tenant a domain at this moment keeps its row until that is done; then it goes as well.
+			if _, err := q.Exec(ctx, `select from public.tenants where number = $1 for update`, t.Number); err != nil {
+				return err
+			}
 			if p.o.DomainHold > 0 {
 				const hold = `insert into public.domain_holds (host, tenant, held_until)
 select host, tenant, now() + $2::interval from public.domains where tenant = $1

@@ -354,6 +354,32 @@ func TestQueueKeepsEachTenantsOrder(t *testing.T) {
 	}))
 }
 
+// A purged tenant gets no domain, also when it is purged while one is being given to it.
+func TestNoDomainForThePurged(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme := env.Tenant(t, "acme")
+	_, err := env.Provision.Drop(t.Context(), acme.Slug, 0, "test")
+	require.NoError(t, err)
+	purged := make(chan error, 1)
+	require.NoError(t, app(env, func(ctx context.Context, q postgres.Querier) error {
+		require.NoError(t, registry.AddDomain(ctx, q, acme, host(t, "crm.example"), false))
+		go func() {
+			_, err := env.Provision.Purge(context.Background(), acme.Slug, "test")
+			purged <- err
+		}()
+		return nil
+	}))
+	require.NoError(t, <-purged)
+	err = app(env, func(ctx context.Context, q postgres.Querier) error {
+		return registry.AddDomain(ctx, q, acme, host(t, "late.example"), false)
+	})
+	requireFault(t, err, fault.NotFound, "unknown_tenant")
+	var left int
+	require.NoError(t, pgtest.Admin(t, env.AdminURL).QueryRow(t.Context(), `select count(*) from public.domains`).Scan(&left))
+	require.Zero(t, left, "a tombstone holds no host")
+}
+
 // What has failed before is left alone for longer, and taken up again all the same.
 func TestInterruptedOperationsBackOff(t *testing.T) {
 	t.Parallel()

@@ -291,7 +291,7 @@ func Domains(ctx context.Context, q postgres.Querier, t tenant.Tenant) ([]Domain
 }
 
 // AddDomain gives a host to a tenant. Conflict: another tenant has it, or it is held back for the tenant that had it
-// last. With primary the former primary domain becomes an ordinary one. Adding a host that the tenant has already
+// last. NotFound: the tenant was purged since it was read. With primary the former primary domain becomes an ordinary one. Adding a host that the tenant has already
 // changes nothing but primary.
 func AddDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host, primary bool) error {
 	const held = `select tenant <> $2 from public.domain_holds where host = $1 and held_until > now()`
@@ -303,15 +303,25 @@ func AddDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host te
 		return fault.New(fault.Conflict, "%s was another tenant's a short while ago and is held back", host).
 			WithCode("domain_held").WithHint("it is free again after tenancy.domain_hold")
 	}
-	// A tenant's first domain is its primary one.
+	// A tenant's first domain is its primary one. The tenant's row is kept, so that no purge goes by in between: its
+	// tombstone must not hold a host for good.
 	const add = `insert into public.domains (host, tenant, is_primary)
-values ($1, $2, not exists (select from public.domains d where d.tenant = $2 and d.is_primary))
+select $1, t.number, not exists (select from public.domains d where d.tenant = $2 and d.is_primary)
+from (select number from public.tenants where number = $2 and state <> 'purged' for key share) t
 on conflict (host) do update set is_primary = domains.is_primary or excluded.is_primary where domains.tenant = excluded.tenant`
 	tag, err := q.Exec(ctx, add, host.String(), t.Number)
 	if err != nil {
 		return err
 	}
 	if tag.RowsAffected() == 0 {
+		var there bool
+		const alive = `select exists (select from public.tenants where number = $1 and state <> 'purged')`
+		if err := q.QueryRow(ctx, alive, t.Number).Scan(&there); err != nil {
+			return err
+		}
+		if !there {
+			return fault.New(fault.NotFound, "there is no tenant %q any more", t.Slug).WithCode("unknown_tenant").WithTenant(t.Slug.String())
+		}
 		return fault.New(fault.Conflict, "%s belongs to another tenant", host).WithCode("domain_taken")
 	}
 	const release = `delete from public.domain_holds where host = $1 and tenant = $2`
