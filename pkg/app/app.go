@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -86,8 +85,12 @@ func (a *App) open() (err error) {
 	if a.Migrate, err = migrate.New(a.DB, mo); err != nil {
 		return err
 	}
+	tenantTTL := c.Cache.TenantTTL
+	if c.Redis.URL == "" {
+		tenantTTL = min(tenantTTL, aloneTenantTTL)
+	}
 	a.Resolver, err = registry.NewResolver(registry.ResolverOptions{
-		Lookup: a.lookup, Shared: hostCache{a.Cache}, TTL: c.Cache.TenantTTL, NegativeTTL: c.Cache.NegativeTTL,
+		Lookup: a.lookup, Shared: hostCache{a.Cache}, TTL: tenantTTL, NegativeTTL: c.Cache.NegativeTTL,
 		SharedTTL: c.Cache.SharedTTL, Timeout: c.Database.AcquireTimeout + time.Second, Size: 100_000,
 	})
 	if err != nil {
@@ -135,13 +138,18 @@ func (a *App) lookup(ctx context.Context, host tenant.Host) (t tenant.Tenant, er
 // Words of the messages between processes.
 const (
 	forgetHost   = "host"
-	forgetTenant = "tenant"
+	forgetTokens = "tokens"
 )
 
 // changed makes every process forget what it knows of a tenant's hosts.
 func (a *App) changed(ctx context.Context, t tenant.Tenant, hosts []tenant.Host) {
 	a.forget(ctx, hosts...)
-	a.Cache.Publish(ctx, cache.Message{Kind: forgetTenant, Value: strconv.Itoa(int(t.Number))})
+	a.ended(ctx, server.Ended{Tenant: t.Number})
+}
+
+// ended tells every process that tokens no longer stand for what they did.
+func (a *App) ended(ctx context.Context, e server.Ended) {
+	a.Cache.Publish(context.WithoutCancel(ctx), cache.Message{Kind: forgetTokens, Value: e.String()})
 }
 
 func (a *App) forget(ctx context.Context, hosts ...tenant.Host) {
@@ -163,6 +171,14 @@ func (a *App) AccountChanged(ctx context.Context, t tenant.Tenant, user uuid.UUI
 	server.BarAccount(context.WithoutCancel(ctx), tenantCache{a.Cache}, server.AccountChange{
 		Tenant: t, User: user, Hashes: ended, TTL: a.Config.Cache.SharedTTL + a.Config.Server.RequestTimeout,
 	})
+	for _, h := range ended {
+		if len(h) == 32 {
+			a.ended(ctx, server.Ended{Tenant: t.Number, Hash: [32]byte(h)})
+		}
+	}
+	if user != uuid.Nil {
+		a.ended(ctx, server.Ended{Tenant: t.Number, User: user})
+	}
 }
 
 // URL is where a tenant is reached: its primary domain with the scheme and port of the public URL.

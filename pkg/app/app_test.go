@@ -187,6 +187,47 @@ func TestALogoutThatRedisMissedRevivesNobody(t *testing.T) {
 	}, 15*time.Second, 20*time.Millisecond, "another process takes it for good for as long as Redis does")
 }
 
+// F81: what one instance or a command ends is refused by the others at once, whatever they would remember by themselves.
+func TestInstancesTellEachOtherWhatHasEnded(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme := env.Tenant(t, "acme")
+	redis := pgtest.Redis(t)
+	long := func(c *config.Config) {
+		c.Cache.LocalTTL, c.Cache.SharedTTL, c.Cache.TenantTTL = time.Hour, time.Hour, time.Hour
+	}
+	parts := []*app.App{open(t, env, redis.URL(), long), open(t, env, redis.URL(), long)}
+	addrs := []string{serve(t, parts[0]), serve(t, parts[1])}
+	both := func(host, token string, want int, why string) {
+		t.Helper()
+		for _, addr := range addrs {
+			require.Eventually(t, func() bool { got, _ := ask(t, addr, "GET", host, "/api/v1/me", token, ""); return got == want }, 15*time.Second, 10*time.Millisecond, why)
+		}
+	}
+	for host, tn := range map[string]tenant.Tenant{"acme.localhost": acme, "localhost": {}} {
+		first, second := session(t, env, tn), again(t, env, tn)
+		both(host, first, http.StatusOK, "signed in")
+		both(host, second, http.StatusOK, "signed in")
+		status, _ := ask(t, addrs[0], "POST", host, "/api/v1/auth/logout", first, "")
+		require.Equal(t, http.StatusNoContent, status)
+		both(host, first, http.StatusUnauthorized, host+": logged out at one instance")
+		both(host, second, http.StatusOK, host+": another session")
+		// As a command does: it ends in PostgreSQL, and says so.
+		realm, in := realmOf(t, env, tn)
+		var u auth.User
+		var ended [][]byte
+		require.NoError(t, in(func(tx *postgres.Tx) (err error) {
+			if u, err = realm.UserByEmail(t.Context(), tx, "root@example.com"); err != nil {
+				return err
+			}
+			ended, err = realm.RevokeSessions(t.Context(), tx, u.ID)
+			return err
+		}))
+		open(t, env, redis.URL()).AccountChanged(t.Context(), tn, u.ID, ended)
+		both(host, second, http.StatusUnauthorized, host+": ended by a command")
+	}
+}
+
 // Without Redis: whoever asks for a tenant's settings may be anybody, and must not cost a transaction each time.
 func TestWithoutRedisSettingsAreRemembered(t *testing.T) {
 	t.Parallel()
@@ -220,19 +261,32 @@ func TestWithoutRedisSettingsAreRemembered(t *testing.T) {
 	require.Contains(t, show("globex.localhost"), "green")
 }
 
+// realmOf is where a tenant's users are kept, or with the zero tenant the administrators.
+func realmOf(t *testing.T, env *pgtest.Env, tn tenant.Tenant) (*auth.Realm, func(func(*postgres.Tx) error) error) {
+	if tn.IsZero() {
+		return auth.Administrators(), func(fn func(*postgres.Tx) error) error { return env.DB.InShared(t.Context(), postgres.Write, fn) }
+	}
+	return auth.Tenants(), func(fn func(*postgres.Tx) error) error { return env.DB.InTenant(t.Context(), tn, postgres.Write, fn) }
+}
+
 // session makes somebody who is logged in: at a tenant, or with the zero tenant an administrator.
 func session(t *testing.T, env *pgtest.Env, tn tenant.Tenant) (token string) {
 	t.Helper()
 	hash, err := auth.NewHasher(1).Hash(t.Context(), "correct horse battery staple")
 	require.NoError(t, err)
-	realm, in := auth.Administrators(), func(fn func(*postgres.Tx) error) error { return env.DB.InShared(t.Context(), postgres.Write, fn) }
-	if !tn.IsZero() {
-		realm, in = auth.Tenants(), func(fn func(*postgres.Tx) error) error { return env.DB.InTenant(t.Context(), tn, postgres.Write, fn) }
-	}
+	realm, in := realmOf(t, env, tn)
 	require.NoError(t, in(func(tx *postgres.Tx) error {
-		if _, err := realm.AddUser(t.Context(), tx, auth.NewUser{Email: "root@example.com", Role: auth.RoleAdmin, PasswordHash: hash}); err != nil {
-			return err
-		}
+		_, err := realm.AddUser(t.Context(), tx, auth.NewUser{Email: "root@example.com", Role: auth.RoleAdmin, PasswordHash: hash})
+		return err
+	}))
+	return again(t, env, tn)
+}
+
+// again logs the same person in once more.
+func again(t *testing.T, env *pgtest.Env, tn tenant.Tenant) (token string) {
+	t.Helper()
+	realm, in := realmOf(t, env, tn)
+	require.NoError(t, in(func(tx *postgres.Tx) error {
 		c, err := realm.Credential(t.Context(), tx, "root@example.com")
 		if err != nil {
 			return err

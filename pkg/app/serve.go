@@ -69,11 +69,18 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	defer running.Wait()
 	defer stop()
 	a.Cache.OnMessage(func(m cache.Message) {
-		if h, err := tenant.ParseHost(m.Value); m.Kind == forgetHost && err == nil {
-			a.Resolver.Forget(h)
+		switch m.Kind {
+		case forgetHost:
+			if h, err := tenant.ParseHost(m.Value); err == nil {
+				a.Resolver.Forget(h)
+			}
+		case forgetTokens:
+			if e, ok := server.ParseEnded(m.Value); ok {
+				s.Forget(e)
+			}
 		}
 	})
-	running.Go(func() { a.Cache.Listen(beside, a.Resolver.ForgetAll) })
+	running.Go(func() { a.Cache.Listen(beside, func() { a.Resolver.ForgetAll(); s.ForgetAll() }) })
 	if owner {
 		running.Go(func() {
 			if err := a.Provision.Work(beside); err != nil {
@@ -148,8 +155,18 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	so.RequestsPerIP = server.Rate{Count: c.Server.RequestsPerIP, Per: time.Second}
 	so.RequestsPerTenant = server.Rate{Count: c.Server.RequestsPerTenant, Per: time.Second}
 	so.IdentityTTL, so.LocalTTL = c.Cache.SharedTTL, c.Cache.LocalTTL
+	if c.Redis.URL == "" {
+		so.LocalTTL = min(so.LocalTTL, aloneLocalTTL)
+	}
+	so.OnEnded = a.ended
 	return so, nil
 }
+
+// Without Redis nobody tells this process what another one has changed: it remembers for less long.
+const (
+	aloneTenantTTL = 10 * time.Second
+	aloneLocalTTL  = 2 * time.Second
+)
 
 const beatEvery = 10 * time.Second
 

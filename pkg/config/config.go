@@ -132,7 +132,7 @@ func Default() Config {
 			MaxConns: 32, SharedConns: 8, OwnerConns: 8,
 			ConnectTimeout: 5 * time.Second, AcquireTimeout: 2 * time.Second, StatementTimeout: 15 * time.Second,
 			IdleInTransactionTimeout: 30 * time.Second, LockTimeout: time.Second,
-			Statements: "prepared", HotStatements: 1024, BackendMemory: 512 << 20,
+			Statements: "prepared", HotStatements: 2048, BackendMemory: 512 << 20,
 		},
 		Tenancy: Tenancy{Isolation: "role", Logins: 8, DropGrace: 30 * 24 * time.Hour, DomainHold: 7 * 24 * time.Hour},
 		Redis:   Redis{Timeout: 150 * time.Millisecond},
@@ -143,7 +143,7 @@ func Default() Config {
 			RequestTimeout: 30 * time.Second, ShutdownGrace: 20 * time.Second, MaxBody: 1 << 20, MaxHeader: 16 << 10,
 		},
 		Auth:  Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
-		Cache: Cache{TenantTTL: 10 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 2 * time.Second},
+		Cache: Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
 		Log:   Log{Level: "info", Format: "text"},
 	}
 }

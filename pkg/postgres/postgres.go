@@ -95,7 +95,7 @@ func DefaultOptions() Options {
 		MaxConns: 32, SharedConns: 8, OwnerConns: 8,
 		ConnectTimeout: 5 * time.Second, AcquireTimeout: 2 * time.Second, StatementTimeout: 15 * time.Second,
 		IdleInTransactionTimeout: 30 * time.Second, LockTimeout: time.Second,
-		Statements: Prepared, HotStatements: 1024, BackendMemory: 512 << 20,
+		Statements: Prepared, HotStatements: 2048, BackendMemory: 512 << 20,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }

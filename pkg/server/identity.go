@@ -3,8 +3,10 @@ package server
 import (
 	"context"
 	"encoding/hex"
+	"fmt"
 	"log/slog"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -201,23 +203,82 @@ func (s *Server) readIdentity(ctx context.Context, x *exchange, realm *auth.Real
 	return i, nil
 }
 
-// forgetTokens makes tokens worthless everywhere at once: here, and in the shared cache. Other instances' own memory
-// follows within LocalTTL. Call it after the commit.
+// Ended says that tokens no longer stand for what they did: one of them, or with a user whatever stands for that user.
+// With neither it is about all of a tenant's.
+type Ended struct {
+	Tenant int32 // the tenant's number; 0: administrators
+	User   uuid.UUID
+	Hash   [32]byte
+}
+
+// String is the form in which instances tell each other.
+func (e Ended) String() string {
+	return fmt.Sprintf("%d %s %x", e.Tenant, e.User, e.Hash)
+}
+
+// ParseEnded reads what String wrote.
+func ParseEnded(text string) (e Ended, ok bool) {
+	number, rest, _ := strings.Cut(text, " ")
+	user, hash, _ := strings.Cut(rest, " ")
+	n, err := strconv.ParseInt(number, 10, 32)
+	if err != nil || n < 0 {
+		return Ended{}, false
+	}
+	e.Tenant = int32(n)
+	if e.User, err = uuid.Parse(user); err != nil {
+		return Ended{}, false
+	}
+	raw, err := hex.DecodeString(hash)
+	if err != nil || len(raw) != len(e.Hash) {
+		return Ended{}, false
+	}
+	e.Hash = [32]byte(raw)
+	return e, true
+}
+
+// matches reports whether what is remembered under a key is what has ended.
+func (e Ended) matches(k identityKey, i auth.Identity) bool {
+	switch {
+	case k.number != e.Tenant:
+		return false
+	case e.User != uuid.Nil:
+		return i.UserID == e.User
+	case e.Hash != [32]byte{}:
+		return k.hash == e.Hash
+	}
+	return true
+}
+
+// Forget makes this process ask again who the tokens stand for.
+func (s *Server) Forget(e Ended) { s.identities.forget(e.matches) }
+
+// ForgetAll makes this process ask again who any token stands for: messages of others may have been missed.
+func (s *Server) ForgetAll() {
+	s.identities.forget(func(identityKey, auth.Identity) bool { return true })
+}
+
+// forgetTokens makes tokens worthless everywhere: here and in the shared cache at once, in the other instances' own
+// memory as soon as they hear of it, and within LocalTTL if they do not. Call it after the commit.
 func (s *Server) forgetTokens(ctx context.Context, t tenant.Tenant, hashes [][]byte) {
-	gone := make(map[[32]byte]bool, len(hashes))
 	for _, h := range hashes {
 		if len(h) == 32 {
-			gone[[32]byte(h)] = true
 			s.bar(ctx, t, "identity", hex.EncodeToString(h))
+			s.ended(ctx, Ended{Tenant: t.Number, Hash: [32]byte(h)})
 		}
 	}
-	s.identities.forget(func(k identityKey, _ auth.Identity) bool { return k.number == t.Number && gone[k.hash] })
 }
 
 // forgetUser does the same for whatever a user's sessions and keys are.
 func (s *Server) forgetUser(ctx context.Context, t tenant.Tenant, id uuid.UUID) {
 	s.bar(ctx, t, "user", id.String())
-	s.identities.forget(func(k identityKey, i auth.Identity) bool { return k.number == t.Number && i.UserID == id })
+	s.ended(ctx, Ended{Tenant: t.Number, User: id})
+}
+
+func (s *Server) ended(ctx context.Context, e Ended) {
+	s.Forget(e)
+	if s.opts.OnEnded != nil {
+		s.opts.OnEnded(ctx, e)
+	}
 }
 
 // authorise answers whether whoever is asking may.

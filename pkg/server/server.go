@@ -63,7 +63,7 @@ type Resolver interface {
 }
 
 // Cache remembers values for all instances. It is never needed: it may lose anything at any time, and what fails in it
-// is a miss. Keys lie in the scope of one tenant; the zero Tenant is the public scope.
+// is a miss; but what was Set here it answers with here. Keys lie in the scope of one tenant; the zero Tenant is the public scope.
 type Cache interface {
 	Get(ctx context.Context, t tenant.Tenant, kind, id string) (value []byte, found bool)
 	// Add stores a value unless there is one.
@@ -101,6 +101,9 @@ type Options struct {
 
 	// Provisioning is false where there is no owner's connection: routes that need one answer 503.
 	Provisioning bool
+	// OnEnded tells the other instances, which Forget, that tokens no longer stand for what they did; nil: they follow
+	// within LocalTTL.
+	OnEnded func(ctx context.Context, e Ended)
 	// OnEnqueued is called after an operation has been queued; nil: the worker finds it by itself.
 	OnEnqueued func()
 	Checks     []Check
