@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -121,11 +122,18 @@ func domainVerb(e *env, use, short, long, example string,
 				return err
 			}
 			var t tenant.Tenant
+			var before, after []registry.Domain
 			err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 				if t, err = bySlug(ctx, tx, args[0]); err != nil {
 					return err
 				}
+				if before, err = registry.Domains(ctx, tx, t); err != nil {
+					return err
+				}
 				if err := do(ctx, a, tx, t, host); err != nil {
+					return err
+				}
+				if after, err = registry.Domains(ctx, tx, t); err != nil {
 					return err
 				}
 				return registry.Audit(ctx, tx, registry.AuditEntry{Actor: e.actor(), Action: action, Tenant: t, Details: map[string]string{"host": host.String()}})
@@ -133,8 +141,40 @@ func domainVerb(e *env, use, short, long, example string,
 			if err != nil {
 				return err
 			}
+			if undo := undoDomain(t, host, before, after); undo != "" {
+				e.say("undo: %s", undo)
+			}
 			a.Changed(ctx, t, host, t.Primary)
 			return listDomains(ctx, e, a, args[0])
 		},
 	}
+}
+
+// undoDomain is the command that brings a tenant's domains back to what they were before one of them was added, removed
+// or made the primary one; empty: they are as they were.
+func undoDomain(t tenant.Tenant, host tenant.Host, before, after []registry.Domain) string {
+	has := func(ds []registry.Domain) bool {
+		return slices.ContainsFunc(ds, func(d registry.Domain) bool { return d.Host == host })
+	}
+	primary := func(ds []registry.Domain) (h tenant.Host) {
+		if len(ds) > 0 && ds[0].Primary { // it comes first
+			h = ds[0].Host
+		}
+		return h
+	}
+	domain := func(verb string, h tenant.Host) string {
+		return "oneo domain " + verb + " " + t.Slug.String() + " " + h.String()
+	}
+	var undo []string
+	if was := primary(before); was != primary(after) && !was.IsZero() && was != host {
+		undo = append(undo, domain("primary", was))
+	}
+	switch {
+	case has(after) && !has(before):
+		undo = append(undo, domain("remove", host))
+	case has(before) && !has(after):
+		// The only domain that is left is the primary one again by itself.
+		undo = append(undo, domain("add", host))
+	}
+	return strings.Join(undo, " && ")
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -328,11 +329,20 @@ requests of the tenant wait for the milliseconds that it takes.`,
 			if err := notPublic(a.Config, r.Slug.Under(a.Base)); err != nil {
 				return err
 			}
+			before, err := tenantNamed(cmd.Context(), a, args[0])
+			if err != nil && !fault.Is(err, fault.NotFound) { // an interrupted rename may have given the name up
+				return err
+			}
+			known := err == nil
 			t, err := a.Provision.Rename(cmd.Context(), slug, r)
 			if err != nil {
 				return err
 			}
-			e.say("renamed %s to %s; undo: oneo tenant rename %s %s", slug, t.Slug, t.Slug, slug)
+			if known {
+				e.say("renamed %s to %s; undo: %s", slug, t.Slug, undoRename(before, t))
+			} else {
+				e.say("finished renaming %s to %s", slug, t.Slug)
+			}
 			return showTenant(cmd.Context(), e, a, t, "")
 		},
 	}
@@ -340,6 +350,25 @@ requests of the tenant wait for the milliseconds that it takes.`,
 	cmd.Flags().StringVar(&name, "name", "", "`TEXT` for display")
 	return cmd
 }
+
+// undoRename is the command that gives a tenant its former name, schema and display name.
+func undoRename(before, after tenant.Tenant) string {
+	undo := "oneo tenant rename " + after.Slug.String() + " " + before.Slug.String()
+	if after.Schema != before.Schema {
+		undo += " --schema " + before.Schema.String()
+	}
+	name := after.Name
+	if name == after.Slug.String() { // a display name that was never given follows the name
+		name = before.Slug.String()
+	}
+	if name != before.Name {
+		undo += " --name " + shellQuote(before.Name)
+	}
+	return undo
+}
+
+// shellQuote makes one word of a shell's command line.
+func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 type stateVerb func(ctx context.Context, slug tenant.Slug, actor string) (tenant.Tenant, error)
 

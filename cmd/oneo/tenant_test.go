@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io/fs"
 	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -121,4 +122,43 @@ func TestHostsInPlace(t *testing.T) {
 	} {
 		require.Equalf(t, want, cannotReplace(&os.LinkError{Op: "rename", Err: err}), "%v", err)
 	}
+}
+
+// What can be undone prints the whole command that undoes it: run, it does.
+func TestPrintedUndoUndoes(t *testing.T) {
+	t.Parallel()
+	c := newCommand(t)
+	undo := func(told string) string {
+		t.Helper()
+		m := regexp.MustCompile(`(?m)undo: (.*)$`).FindStringSubmatch(told)
+		require.NotNilf(t, m, "no undo command in:\n%s", told)
+		return m[1]
+	}
+	c.run(0, "tenant create acme")
+	c.run(0, "tenant create beta --name Beta")
+	before := func(name string) string {
+		return c.run(0, "tenant show "+name) + c.run(0, "domain list "+name+" -o name")
+	}
+	for _, change := range []string{
+		"tenant rename acme globex", "tenant rename acme globex --schema globex_2 --name Globex", "tenant rename acme acme --name Other", "tenant rename acme globex --name globex",
+		"tenant rename beta initech", "tenant rename beta initech --schema initech --name initech",
+		"domain add acme crm.example", "domain add acme crm.example --primary",
+	} {
+		name := strings.Fields(change)[2]
+		was := before(name)
+		command := undo(c.run(0, change))
+		require.NotContains(t, command, "\"")
+		for one := range strings.SplitSeq(command, " && ") {
+			c.run(0, strings.ReplaceAll(strings.TrimPrefix(one, "oneo "), "'", ""))
+		}
+		require.Equalf(t, was, before(name), "after %q and its undo %q", change, command)
+	}
+	c.run(0, "domain add acme crm.example")
+	for _, change := range []string{"domain primary acme crm.example", "domain remove acme crm.example"} {
+		was := before("acme")
+		c.run(0, strings.TrimPrefix(undo(c.run(0, change)), "oneo "))
+		require.Equalf(t, was, before("acme"), "after %q and its undo", change)
+	}
+	require.NotContains(t, c.run(0, "domain primary acme acme.localhost"), "undo:", "nothing was changed")
+	require.Equal(t, `'it'\''s'`, shellQuote("it's"))
 }
