@@ -144,7 +144,7 @@ func tenantCreate(ctx context.Context, e *env, o createOptions) error {
 		}
 	}
 	if o.dryRun {
-		plan, err := a.Provision.Check(r)
+		plan, err := a.Provision.DryRun(ctx, r)
 		if err != nil {
 			return err
 		}

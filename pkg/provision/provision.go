@@ -342,8 +342,7 @@ func (p *Provisioner) named(err error, c change) error {
 		case pe.Code == "23505" && pe.ConstraintName == "tenants_schema":
 			return f("schema_taken", "another tenant has a schema of this name").WithHint("choose another one with --schema")
 		case pe.Code == "42P06":
-			return f("schema_exists", "a schema of this name exists already in the database, and is not one of oneo's").
-				WithHint("choose another one with --schema, or rename the schema that is there")
+			return schemaExists(err).WithTenant(c.tenant.Slug.String())
 		case pe.Code == "23505" && pe.ConstraintName == "operations_one_running":
 			return fault.Wrap(err, fault.Locked, "another operation on this tenant has not ended").WithCode("operation_running")
 		}
@@ -353,6 +352,11 @@ func (p *Provisioner) named(err error, c change) error {
 		f.Tenant = c.tenant.Slug.String()
 	}
 	return err
+}
+
+func schemaExists(cause error) *fault.Fault {
+	return fault.Wrap(cause, fault.Conflict, "a schema of this name exists already in the database, and is not one of oneo's").
+		WithCode("schema_exists").WithHint("choose another one with --schema, or rename the schema that is there")
 }
 
 // find reads the tenant that a change is about. An operation on it that another process has begun is waited for, for as

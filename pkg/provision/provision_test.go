@@ -662,3 +662,80 @@ func TestOverdueBehindFailing(t *testing.T) {
 	require.Equal(t, "purged", state(), "the tenant behind those that cannot be purged")
 	require.Equal(t, fmt.Sprint(stuck), f.scalar(t, `select count(*)::text from public.tenants where state = 'dropped'`))
 }
+
+// A dry run refuses what the creation refuses, and leaves no trace.
+func TestDryRun(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		t.Run(group, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, group)
+			ctx := t.Context()
+			acme := f.create(t, "acme", group)
+			require.NoError(t, f.db.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+				if err := registry.AddDomain(ctx, tx, acme, host(t, "crm.example"), false); err != nil {
+					return err
+				}
+				_, err := tx.Exec(ctx, `insert into public.domain_holds (host, tenant, held_until) values ('held.example', 1, now() + interval '1 hour')`)
+				return err
+			}))
+			_, err := pgtest.Admin(t, f.adminURL(group)).Exec(ctx, `create schema theirs`)
+			require.NoError(t, err)
+			theirs, err := tenant.ParseSchema("theirs")
+			require.NoError(t, err)
+			counts := func() string {
+				return f.scalar(t, `select concat_ws(' ', (select last_value from public.tenant_numbers), (select count(*) from public.tenants), (select count(*) from public.domains), (select count(*) from public.operations), (select count(*) from public.groups))`)
+			}
+			was := counts()
+			for what, c := range map[string]struct {
+				change func(*provision.CreateRequest)
+				code   string
+			}{
+				"good":            {func(*provision.CreateRequest) {}, ""},
+				"unknown group":   {func(r *provision.CreateRequest) { r.Group = "nowhere" }, "unknown_group"},
+				"taken name":      {func(r *provision.CreateRequest) { r.Slug = acme.Slug }, "tenant_exists"},
+				"taken schema":    {func(r *provision.CreateRequest) { r.Schema = acme.Schema }, "schema_taken"},
+				"stranger schema": {func(r *provision.CreateRequest) { r.Schema = theirs }, "schema_exists"},
+				"taken domain":    {func(r *provision.CreateRequest) { r.Domains = []tenant.Host{host(t, "crm.example")} }, "domain_taken"},
+				"held domain":     {func(r *provision.CreateRequest) { r.Domains = []tenant.Host{host(t, "held.example")} }, "domain_held"},
+			} {
+				r := provision.CreateRequest{Slug: pgtest.Slug(t, "globex"), Group: group, Actor: "test"}
+				c.change(&r)
+				_, err := f.p.DryRun(ctx, r)
+				require.Equalf(t, was, counts(), "%s: a dry run must leave nothing behind", what)
+				if c.code == "" {
+					require.NoError(t, err, what)
+					continue
+				}
+				require.Errorf(t, err, what)
+				require.Equalf(t, c.code, fault.Of(err).StableCode(), "%s: %v", what, err)
+				_, err = f.p.Create(ctx, r)
+				require.Errorf(t, err, what)
+				require.Equalf(t, c.code, fault.Of(err).StableCode(), "%s, in earnest: %v", what, err)
+				was = counts() // the attempt has used numbers up
+			}
+			f.scalar(t, fmt.Sprintf(`with u as (update public.groups set max_tenants = 1 where name = '%s' returning 1) select count(*)::text from u`, group))
+			_, err = f.p.DryRun(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, "globex"), Group: group, Actor: "test"})
+			requireFault(t, err, fault.Conflict, "group_full")
+		})
+	}
+}
+
+// A group's limit holds, however many are made at once.
+func TestLimitAtOnce(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	f.scalar(t, `with u as (update public.groups set max_tenants = 3 where name = 'main' returning 1) select count(*)::text from u`)
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			_, err := f.p.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, fmt.Sprintf("t-%d", i)), Actor: "test"})
+			if err != nil && fault.Of(err).Code != "group_full" {
+				t.Errorf("t-%d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	require.Equal(t, "3", f.scalar(t, `select count(*)::text from public.tenants`))
+	f.invariants(t)
+}

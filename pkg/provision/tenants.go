@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -94,12 +95,41 @@ func (p *Provisioner) CreateOrFinish(ctx context.Context, r CreateRequest) (t te
 	return t, false, err
 }
 
-// Check completes a request with its defaults and refuses one that can never succeed. It asks no database.
-func (p *Provisioner) Check(r CreateRequest) (CreateRequest, error) {
-	err := p.checkCreate(&r)
-	return r, err
+// DryRun is Create without making anything: it completes a request with its defaults and returns what Create would
+// refuse now. The beginning of the creation runs and is rolled back, so that both ask the same questions.
+func (p *Provisioner) DryRun(ctx context.Context, r CreateRequest) (CreateRequest, error) {
+	if err := p.checkCreate(&r); err != nil {
+		return r, err
+	}
+	// A number that no tenant has and no sequence gives: the true ones are not used up by asking.
+	c, err := p.creation(ctx, r, math.MaxInt32)
+	if err != nil {
+		return r, err
+	}
+	rollBack := errors.New("only asked")
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		if err := c.begin(ctx, tx); err != nil {
+			return err
+		}
+		return rollBack
+	})
+	if err != nil && !errors.Is(err, rollBack) {
+		return r, p.named(err, c)
+	}
+	return r, p.o.DB.AsOwner(ctx, r.Group, func(tx *postgres.OwnerTx) error {
+		if err := p.o.Migrate.CheckTenantFiles(ctx, tx); err != nil {
+			return err
+		}
+		var taken bool
+		const there = `select exists (select from pg_catalog.pg_namespace where nspname = $1)`
+		if err := tx.QueryRow(ctx, there, r.Schema.String()).Scan(&taken); err != nil || !taken {
+			return err
+		}
+		return schemaExists(nil).WithTenant(r.Slug.String())
+	})
 }
 
+// checkCreate completes a request with its defaults and refuses one that can never succeed. It asks no database.
 func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	if r.Slug.IsZero() {
 		return fault.New(fault.Invalid, "a tenant needs a name").WithCode("invalid_slug")
@@ -276,11 +306,13 @@ func (p *Provisioner) settling(t tenant.Tenant, actor string) change {
 
 // room refuses a group that is unknown, closed or full.
 func room(ctx context.Context, q postgres.Querier, group string) error {
-	var accepting, full bool
-	const query = `select g.accepting, g.max_tenants is not null and g.max_tenants <= (
-	select count(*) from public.tenants t where t.group_name = g.name and t.state <> 'purged')
-from public.groups g where g.name = $1 for share`
-	err := q.QueryRow(ctx, query, group).Scan(&accepting, &full)
+	var accepting bool
+	var limit *int
+	// Where there is a limit, one creation at a time counts and adds itself; elsewhere they do not wait for each other.
+	const query = `with limited as (select accepting, max_tenants from public.groups where name = $1 and max_tenants is not null for no key update),
+	unlimited as (select accepting, max_tenants from public.groups where name = $1 and max_tenants is null for share)
+select accepting, max_tenants from limited union all select accepting, max_tenants from unlimited`
+	err := q.QueryRow(ctx, query, group).Scan(&accepting, &limit)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		// Configured, or the connection would not have been found; the registry learns of it by its first tenant.
@@ -290,7 +322,15 @@ from public.groups g where g.name = $1 for share`
 		return err
 	case !accepting:
 		return fault.New(fault.Conflict, "the group %s accepts no tenants", group).WithCode("group_closed")
-	case full:
+	case limit == nil:
+		return nil
+	}
+	// A statement of its own: the one that waited for the lock does not see whom it has waited for.
+	var tenants int
+	if err := q.QueryRow(ctx, `select count(*) from public.tenants where group_name = $1 and state <> 'purged'`, group).Scan(&tenants); err != nil {
+		return err
+	}
+	if tenants >= *limit {
 		return fault.New(fault.Conflict, "the group %s is full", group).WithCode("group_full")
 	}
 	return nil
