@@ -6,7 +6,10 @@ import (
 	"encoding/hex"
 	"log/slog"
 	"net/http"
+	"strconv"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/oneo-crm/oneo/pkg/auth"
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -85,8 +88,7 @@ func (s *Server) login(ctx context.Context, r *Request) (Reply, error) {
 	if err != nil {
 		return Reply{}, s.loginFailed(ctx, r, err)
 	}
-	s.opts.Logger.LogAttrs(ctx, slog.LevelInfo, "logged in", slog.String("request_id", r.ID), slog.String("tenant", r.Tenant.Slug.String()),
-		slog.String("realm", realm.Name()), slog.String("user", user.ID.String()), slog.String("client", options.Remote))
+	s.accountEvent(ctx, r, "logged in", user.ID)
 
 	body := map[string]any{"user": user, "expires_at": expires}
 	reply := Reply{Status: http.StatusOK, Body: body}
@@ -105,14 +107,15 @@ func errLogin() error {
 	return fault.New(fault.Unauthenticated, "the address or the password is wrong").WithCode("login_failed")
 }
 
-// limitLogins counts attempts by address of the caller, and by that, the host and the account.
+// limitLogins counts attempts by address of the caller, and by that, the tenant and the account. By the tenant and not
+// by the host, or each further domain would give as many attempts again.
 func (s *Server) limitLogins(ctx context.Context, r *Request, email string) error {
 	ip := bucketOf(r.Client)
 	if err := s.limit(ctx, r.x, "login-ip", ip, s.opts.LoginPerIP); err != nil {
 		return err
 	}
 	account := sha256.Sum256([]byte(email))
-	return s.limit(ctx, r.x, "login", ip+":"+r.Host.String()+":"+hex.EncodeToString(account[:12]), s.opts.LoginPerAccount)
+	return s.limit(ctx, r.x, "login", ip+":"+strconv.Itoa(int(r.Tenant.Number))+":"+hex.EncodeToString(account[:12]), s.opts.LoginPerAccount)
 }
 
 // checkPassword returns the credential of an account whose password it is.
@@ -133,6 +136,12 @@ func (s *Server) loginFailed(ctx context.Context, r *Request, err error) error {
 			slog.String("tenant", r.Tenant.Slug.String()), slog.String("client", r.Client.String()))
 	}
 	return err
+}
+
+// accountEvent writes to the log what an account did with its credentials.
+func (s *Server) accountEvent(ctx context.Context, r *Request, what string, user uuid.UUID) {
+	s.opts.Logger.LogAttrs(ctx, slog.LevelInfo, what, slog.String("request_id", r.ID), slog.String("tenant", r.Tenant.Slug.String()),
+		slog.String("realm", realmOf(r.x).Name()), slog.String("user", user.String()), slog.String("client", r.Client.String()))
 }
 
 // cookieSession is the hash of the session token that a login request's cookie carries; nil: none.
@@ -162,7 +171,10 @@ func (s *Server) logout(ctx context.Context, r *Request, tx Tx) (Reply, error) {
 	}
 	return Reply{
 		Header: http.Header{"Set-Cookie": []string{s.cookie("", time.Time{}).String()}},
-		After:  func(ctx context.Context) { s.forgetTokens(ctx, r.Tenant, [][]byte{r.Identity.TokenHash}) },
+		After: func(ctx context.Context) {
+			s.forgetTokens(ctx, r.Tenant, [][]byte{r.Identity.TokenHash})
+			s.accountEvent(ctx, r, "logged out", r.Identity.UserID)
+		},
 	}, nil
 }
 
@@ -214,11 +226,13 @@ func (s *Server) changePassword(ctx context.Context, r *Request) (Reply, error) 
 		})
 	}
 	if fault.Is(err, fault.Unauthenticated) {
+		_ = s.loginFailed(ctx, r, err) // for the log
 		return Reply{}, badField("/current_password", "wrong_password", "this is not the present password")
 	}
 	if err != nil {
 		return Reply{}, err
 	}
+	s.accountEvent(ctx, r, "password changed", r.Identity.UserID)
 	return Reply{
 		Header: http.Header{"Set-Cookie": []string{s.cookie("", time.Time{}).String()}},
 		After: func(ctx context.Context) {

@@ -385,3 +385,44 @@ func TestACacheThatIsRolledBackRevivesNobody(t *testing.T) {
 	st.cache.mu.Unlock()
 	st.doAt(t, addr, scenario{name: "after", path: "/api/v1/pipelines", token: token, status: 401})
 }
+
+// Security 45: what happens to credentials stands in the log, with the tenant and the request, and never the credential.
+func TestCredentialsLeaveATrace(t *testing.T) {
+	st := open(t)
+	token := st.login(t, "acme.localhost", memberMail)
+	require.Contains(t, st.logs.String(), `"logged in"`)
+	st.do(t, scenario{name: "no address", method: "POST", path: "/api/v1/auth/login", status: 422,
+		body: `{"email":"evil\nlevel=ERROR msg=forged@example.com","password":"guess guess guess"}`})
+	st.do(t, scenario{name: "wrong", method: "POST", path: "/api/v1/auth/login", status: 401,
+		body: `{"email":"nobody@example.com","password":"guess guess guess"}`})
+	wrong := st.do(t, scenario{name: "not the password", method: "POST", path: "/api/v1/me/password", token: token, status: 422,
+		body: `{"current_password":"guess guess guess","password":"a good new password"}`})
+	st.do(t, scenario{name: "foreign cookie", host: "globex.localhost", path: "/api/v1/settings", cookie: token, status: 200})
+	st.do(t, scenario{name: "changed", method: "POST", path: "/api/v1/me/password", token: token, status: 204,
+		body: fmt.Sprintf(`{"current_password":%q,"password":"a good new password"}`, password)})
+	st.do(t, scenario{name: "login", method: "POST", path: "/api/v1/auth/login", status: 200, body: fmt.Sprintf(`{"email":%q,"password":%q}`, adminMail, password)})
+	out := st.login(t, "acme.localhost", adminMail)
+	st.do(t, scenario{name: "logout", method: "POST", path: "/api/v1/auth/logout", token: out, status: 204})
+	lines := strings.Split(strings.TrimSpace(st.logs.String()), "\n")
+	count := func(words ...string) (n int) {
+		for _, line := range lines {
+			all := true
+			for _, w := range words {
+				all = all && strings.Contains(line, w)
+			}
+			if all {
+				n++
+			}
+		}
+		return n
+	}
+	require.Equal(t, 2, count(`"login failed"`, "tenant=acme"))
+	require.Equal(t, 1, count(`"login failed"`, wrong.header.Get("X-Request-Id")))
+	require.Equal(t, 1, count(`"a token was refused"`, "tenant=globex"), "a cookie of another tenant")
+	require.Equal(t, 1, count(`"password changed"`, "tenant=acme"))
+	require.Equal(t, 1, count(`"logged out"`, "tenant=acme"))
+	require.Zero(t, count("level=ERROR"), "a line of the log is what the server wrote, not what a client sent")
+	for _, secret := range []string{token, out, password, "guess guess guess", "a good new password"} {
+		require.Zero(t, count(secret), "a credential stands in the log")
+	}
+}

@@ -120,11 +120,12 @@ func (s *Server) authenticate(ctx context.Context, x *exchange, p policy) error 
 	}
 	i, err := s.identify(ctx, x, token)
 	switch {
-	case fault.Is(err, fault.Unauthenticated) && cookie && p == optional:
-		return nil // a cookie that has run out makes a visitor, not an error
 	case fault.Is(err, fault.Unauthenticated):
 		s.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "a token was refused", slog.String("request_id", x.id),
 			slog.String("host", x.host.String()), slog.String("tenant", x.tenant.Slug.String()), slog.String("client", x.client.String()))
+		if cookie && p == optional {
+			return nil // a cookie that has run out makes a visitor, not an error
+		}
 		return err
 	case err != nil:
 		return err

@@ -69,6 +69,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header()[k] = v
 	}
 	w.Header().Set("X-Request-Id", x.id)
+	if len(r.TransferEncoding) > 0 {
+		// net/http drops a Content-Length that came along, which a proxy in front may have believed: what stands behind
+		// this body on the connection is nobody's request.
+		w.Header().Set("Connection", "close")
+	}
 	if err := s.admit(ctx, x); err != nil {
 		s.fail(x, err)
 		return

@@ -122,7 +122,30 @@ func TestBodiesAreBounded(t *testing.T) {
 	} {
 		resp, _ := raw(t, st.addr, request)
 		require.GreaterOrEqual(t, resp.StatusCode, 400, name)
-		require.True(t, resp.Close || resp.StatusCode == 405, "%s: the connection must not be used again", name)
+		require.True(t, resp.Close, "%s: the connection must not be used again", name)
+	}
+}
+
+// Security 41: what stands behind a body whose length two servers may see differently is never taken for a request.
+func TestNoRequestIsSmuggled(t *testing.T) {
+	st := open(t)
+	token := st.login(t, "acme.localhost", adminMail)
+	second := "GET /api/v1/me HTTP/1.1\r\nHost: acme.localhost\r\nAuthorization: Bearer " + token + "\r\n\r\n"
+	head := "POST /api/v1/pipelines HTTP/1.1\r\nHost: acme.localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer " + token + "\r\n"
+	body := `{"key":"k%d","name":"K"}`
+	for i, lengths := range []string{
+		"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n", "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n", "Transfer-Encoding: chunked\r\n",
+	} {
+		c, err := net.Dial("tcp", st.addr)
+		require.NoError(t, err)
+		require.NoError(t, c.SetDeadline(time.Now().Add(20*time.Second)))
+		text := fmt.Sprintf(body, i)
+		_, err = io.WriteString(c, head+lengths+fmt.Sprintf("\r\n%x\r\n%s\r\n0\r\n\r\n", len(text), text)+second)
+		require.NoError(t, err)
+		all, _ := io.ReadAll(c) // a reset is an end, too
+		require.NoError(t, c.Close())
+		require.Equal(t, 1, strings.Count(string(all), "HTTP/1.1 "), "%q: %s", lengths, all)
+		require.Contains(t, string(all), "201 Created", lengths)
 	}
 }
 
@@ -155,7 +178,7 @@ func TestSlowClientsAreCutOff(t *testing.T) {
 
 func TestRateLimits(t *testing.T) {
 	st := open(t, func(o *server.Options) {
-		o.LoginPerAccount, o.LoginPerIP = server.Rate{Count: 3, Per: time.Hour}, server.Rate{Count: 8, Per: time.Hour}
+		o.LoginPerAccount, o.LoginPerIP = server.Rate{Count: 3, Per: time.Hour}, server.Rate{Count: 9, Per: time.Hour}
 		o.Limiter = brokenLimiter{} // the process counts by itself
 	})
 	try := func(host, email string) answer {
@@ -168,13 +191,15 @@ func TestRateLimits(t *testing.T) {
 	require.Equal(t, 429, limited.status)
 	require.NotEmpty(t, limited.header.Get("Retry-After"))
 	require.NotEmpty(t, limited.header.Get("RateLimit"))
-	// The right password is no way round, nor is another spelling; other accounts and hosts count for themselves.
+	// The right password is no way round, nor is another spelling; other accounts and tenants count for themselves.
 	a := st.do(t, scenario{name: "right", method: "POST", path: "/api/v1/auth/login", status: 429, body: fmt.Sprintf(`{"email":%q,"password":%q}`, adminMail, password)})
 	require.Empty(t, a.header.Get("Set-Cookie"))
 	require.Equal(t, 429, try("ACME.localhost.", strings.ToUpper(adminMail)).status)
+	st.addDomain(t, st.acme, "crm.acme.example")
+	require.Equal(t, 429, try("crm.acme.example", adminMail).status, "nor is another domain of the tenant")
 	require.Equal(t, 401, try("acme.localhost", memberMail).status)
 	require.Equal(t, 401, try("globex.localhost", adminMail).status)
-	require.Equal(t, 429, try("globex.localhost", memberMail).status, "the address as a whole has had its eight")
+	require.Equal(t, 429, try("globex.localhost", memberMail).status, "the address as a whole has had its nine")
 
 	all := st.again(t, func(o *server.Options) {
 		o.RequestsPerTenant = server.Rate{Count: 2, Per: time.Hour}

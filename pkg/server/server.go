@@ -119,7 +119,7 @@ type Options struct {
 	RequestTimeout    time.Duration // for everything that a request causes
 	ShutdownGrace     time.Duration // for requests in flight when Run is asked to end; then they are cancelled
 
-	LoginPerAccount   Rate // logins on one host for one address and e-mail
+	LoginPerAccount   Rate // logins of one tenant for one address and e-mail
 	LoginPerIP        Rate // logins from one address, on all hosts
 	RequestsPerIP     Rate // all requests, per instance; zero: no limit
 	RequestsPerTenant Rate // all requests, per instance; zero: no limit
