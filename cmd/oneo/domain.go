@@ -173,7 +173,6 @@ func undoDomain(t tenant.Tenant, host tenant.Host, before, after []registry.Doma
 	case has(after) && !has(before):
 		undo = append(undo, domain("remove", host))
 	case has(before) && !has(after):
-		// The only domain that is left is the primary one again by itself.
 		undo = append(undo, domain("add", host))
 	}
 	return strings.Join(undo, " && ")

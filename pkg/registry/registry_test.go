@@ -197,6 +197,43 @@ func TestDomains(t *testing.T) {
 	env.Invariants(t)
 }
 
+// D63: a tenant that is served has a primary domain, whoever takes one away while another is made the primary one.
+func TestAPrimaryDomainStays(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	acme := env.Tenant(t, "acme")
+	only, err := tenant.ParseHost("acme.localhost")
+	require.NoError(t, err)
+	requireFault(t, app(env, func(ctx context.Context, q postgres.Querier) error {
+		return registry.RemoveDomain(ctx, q, acme, only, 0)
+	}), fault.Conflict, "primary_domain")
+	other, err := tenant.ParseHost("crm.example")
+	require.NoError(t, err)
+	for range 25 {
+		require.NoError(t, app(env, func(ctx context.Context, q postgres.Querier) error {
+			if err := registry.AddDomain(ctx, q, acme, other, false); err != nil {
+				return err
+			}
+			return registry.SetPrimary(ctx, q, acme, only)
+		}))
+		var both sync.WaitGroup
+		for _, change := range []func(context.Context, postgres.Querier) error{
+			func(ctx context.Context, q postgres.Querier) error {
+				return registry.RemoveDomain(ctx, q, acme, other, 0)
+			},
+			func(ctx context.Context, q postgres.Querier) error { return registry.SetPrimary(ctx, q, acme, other) },
+		} {
+			both.Go(func() {
+				if err := app(env, change); err != nil && !fault.Is(err, fault.Conflict) && !fault.Is(err, fault.NotFound) {
+					t.Error(err)
+				}
+			})
+		}
+		both.Wait()
+		env.Invariants(t)
+	}
+}
+
 func TestSettings(t *testing.T) {
 	t.Parallel()
 	env := pgtest.New(t)

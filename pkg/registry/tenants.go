@@ -336,8 +336,7 @@ on conflict (host) do update set is_primary = domains.is_primary or excluded.is_
 
 // SetPrimary makes one of the tenant's hosts its canonical one. NotFound: the tenant does not have it.
 func SetPrimary(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host) error {
-	// The tenant's row serialises two callers, which would otherwise meet in the unique index.
-	if _, err := q.Exec(ctx, `select from public.domains where tenant = $1 order by host for update`, t.Number); err != nil {
+	if err := lockDomains(ctx, q, t); err != nil {
 		return err
 	}
 	const demote = `update public.domains set is_primary = false where tenant = $1 and is_primary and host <> $2`
@@ -352,9 +351,19 @@ func SetPrimary(ctx context.Context, q postgres.Querier, t tenant.Tenant, host t
 	return err
 }
 
+// lockDomains serialises two who change which domain of a tenant is the primary one, or take one away: they would meet in
+// the unique index, or leave the tenant without a primary domain.
+func lockDomains(ctx context.Context, q postgres.Querier, t tenant.Tenant) error {
+	_, err := q.Exec(ctx, `select from public.domains where tenant = $1 order by host for update`, t.Number)
+	return err
+}
+
 // RemoveDomain takes a host from a tenant and holds it back for as long as hold, so that no other tenant takes over
-// what bookmarks and mails point at. The primary domain stays as long as there are others (Conflict).
+// what bookmarks and mails point at. The primary domain stays: Conflict. So a tenant always has one.
 func RemoveDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host tenant.Host, hold time.Duration) error {
+	if err := lockDomains(ctx, q, t); err != nil {
+		return err
+	}
 	domains, err := Domains(ctx, q, t)
 	if err != nil {
 		return err
@@ -364,9 +373,12 @@ func RemoveDomain(ctx context.Context, q postgres.Querier, t tenant.Tenant, host
 		return fault.New(fault.NotFound, "the tenant %s does not have the domain %s", t.Slug, host).WithCode("unknown_domain").
 			WithHint("oneo domain list %s", t.Slug)
 	}
-	if domains[i].Primary && len(domains) > 1 {
-		return fault.New(fault.Conflict, "%s is the primary domain", host).WithCode("primary_domain").
-			WithHint("oneo domain primary %s ANOTHER", t.Slug)
+	if domains[i].Primary {
+		f := fault.New(fault.Conflict, "%s is the primary domain", host).WithCode("primary_domain")
+		if len(domains) == 1 {
+			return f.WithHint("oneo domain add %s ANOTHER --primary", t.Slug)
+		}
+		return f.WithHint("oneo domain primary %s %s", t.Slug, domains[1].Host)
 	}
 	if _, err := q.Exec(ctx, `delete from public.domains where host = $1 and tenant = $2`, host.String(), t.Number); err != nil {
 		return err
