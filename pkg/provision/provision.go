@@ -134,6 +134,10 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 			if err := p.stillRunning(ctx, op); err != nil {
 				return err
 			}
+			// What an earlier attempt has made is not looked at again: only forward is left.
+			if made, err := c.made(ctx, tx); err != nil || made {
+				return err
+			}
 		}
 		if err := c.schema(ctx, tx); err != nil {
 			return err

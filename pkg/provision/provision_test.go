@@ -245,7 +245,7 @@ func TestCreateIsChecked(t *testing.T) {
 	f := newFixture(t, "main")
 	acme := pgtest.Slug(t, "acme")
 	for what, r := range map[string]provision.CreateRequest{
-		"no slug": {}, "settings": {Slug: acme, Settings: json.RawMessage(`[]`)}, "null settings": {Slug: acme, Settings: json.RawMessage(`null`)},
+		"no slug": {}, "settings": {Slug: acme, Settings: json.RawMessage(`[]`)}, "endless settings": {Slug: acme, Settings: json.RawMessage(`{"public": 1e100000}`)}, "null settings": {Slug: acme, Settings: json.RawMessage(`null`)},
 		"name": {Slug: acme, Name: "a\x00b"}, "group": {Slug: acme, Group: "nowhere"},
 	} {
 		_, err := f.p.Create(t.Context(), r)
@@ -738,4 +738,32 @@ func TestLimitAtOnce(t *testing.T) {
 	wg.Wait()
 	require.Equal(t, "3", f.scalar(t, `select count(*)::text from public.tenants`))
 	f.invariants(t)
+}
+
+// An operation whose schema was made goes forward only, whatever has become of the schema since.
+func TestWhatIsMadeGoesForward(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "second")
+	ctx := t.Context()
+	acme := f.create(t, "acme", "second")
+	c := pgtest.Admin(t, f.adminURL("second"))
+	_, err := c.Exec(ctx, `alter schema acme rename to globex; update public.placements set schema = 'globex'; drop schema globex cascade`, pgx.QueryExecModeSimpleProtocol)
+	require.NoError(t, err)
+	require.NoError(t, f.db.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) error {
+		op, err := registry.Begin(ctx, tx, provision.KindRename, acme, "test", map[string]string{
+			"slug": "globex", "schema": "globex", "name": "globex", "old_slug": "acme", "old_schema": "acme", "old_name": "acme",
+		})
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `update public.operations set heartbeat = now() - interval '1 hour' where id = $1`, op.ID); err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `update public.tenants set slug = 'globex', schema = 'globex', name = 'globex'`)
+		return err
+	}))
+	dropped, err := f.p.Drop(ctx, pgtest.Slug(t, "globex"), 0, "test")
+	require.NoError(t, err)
+	require.Equal(t, tenant.Dropped, dropped.State)
+	require.Equal(t, "done", f.scalar(t, `select state from public.operations where kind = 'tenant.rename'`))
 }

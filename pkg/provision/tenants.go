@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/crm"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
@@ -153,6 +154,10 @@ func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	if err := json.Unmarshal(r.Settings, &object); err != nil || object == nil {
 		return fault.New(fault.Invalid, "settings must be a JSON object").WithCode("invalid_settings").
 			WithHint(`for example --settings '{"public": {"colour": "teal"}}'`)
+	}
+	if err := crm.CheckNumbers(r.Settings); err != nil {
+		return fault.Wrap(err, fault.Invalid, "settings hold a number that does not fit").WithCode("invalid_settings").
+			WithHint("a number has at most 100 characters and an exponent below 1000")
 	}
 	if len(r.Settings) > registry.MaxSettingsBytes {
 		return fault.New(fault.Invalid, "settings may have at most %d bytes", registry.MaxSettingsBytes).WithCode("invalid_settings")
