@@ -126,8 +126,8 @@ func (in *installation) read(ctx context.Context, contenders []contender) error 
 		return nil
 	}
 	warm := 4 * time.Second
-	if n > 1000 {
-		warm = 20 * time.Second
+	if n > 1000 { // until each backend has seen each tenant of its sub-pool several times
+		warm = time.Minute
 	}
 	turn := max(2*time.Second, in.b.duration/rounds)
 	start := func(c contender) (*process, measured, error) {
