@@ -89,7 +89,11 @@ func TestConnectionsLostDuringCreate(t *testing.T) {
 					if n > 0 {
 						break
 					}
-					require.Truef(t, time.Now().Before(deadline), "the child never reached %s:\n%s", point, out.String())
+					if time.Now().After(deadline) {
+						_ = cmd.Process.Kill()
+						_ = cmd.Wait() // nobody writes to out any more
+						t.Fatalf("the child never reached %s:\n%s", point, out.String())
+					}
 				}
 				_, err = c.Exec(t.Context(), cut, databases)
 				require.NoError(t, err)
