@@ -15,12 +15,14 @@ import (
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
-// The states of an operation. Done and Failed are final.
+// The states of an operation. Done, Failed and Aborted are final.
 const (
 	Queued  = "queued"
 	Running = "running"
+	Paused  = "paused" // a run only
 	Done    = "done"
 	Failed  = "failed"
+	Aborted = "aborted" // a run only
 )
 
 // Operation is one piece of work on a tenant that takes several steps or is done by another process than the one that
@@ -137,13 +139,13 @@ func oneRow(tag interface{ RowsAffected() int64 }, err error) error {
 	return nil
 }
 
-// NextQueued locks the oldest operation that waits for a worker, until the transaction ends; others skip it. The bool
+// NextQueued locks the oldest operation on a tenant that waits for a worker, until the transaction ends; others skip it. The bool
 // is false when there is none.
 func NextQueued(ctx context.Context, q postgres.Querier) (Operation, bool, error) {
 	// What waits for another operation on the same tenant does not hold up the others behind it. An older queued one
 	// counts as well: another worker may be claiming it at this moment, and its row is skipped here. A rename that runs
 	// stands under the former name, and is found by the tenant's number.
-	const next = `select ` + operationColumns + ` from public.operations where state = 'queued'
+	const next = `select ` + operationColumns + ` from public.operations where state = 'queued' and kind like 'tenant.%'
 and not exists (select from public.operations r where r.state in ('queued', 'running') and r.slug = operations.slug
 	and (r.state = 'running' or (r.created_at, r.id) < (operations.created_at, operations.id)))
 and not exists (select from public.operations r join public.tenants t on t.number = r.tenant
@@ -152,10 +154,10 @@ order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next)))
 }
 
-// NextInterrupted locks the oldest running operation whose process has given no sign for as long as stale; after each
+// NextInterrupted locks the oldest running operation on a tenant whose process has given no sign for as long as stale; after each
 // attempt for twice as long, up to 64 times, so that what cannot be done at the moment is not tried all the time.
 func NextInterrupted(ctx context.Context, q postgres.Querier, stale time.Duration) (Operation, bool, error) {
-	const next = `select ` + operationColumns + ` from public.operations where state = 'running'
+	const next = `select ` + operationColumns + ` from public.operations where state = 'running' and kind like 'tenant.%'
 and coalesce(heartbeat, created_at) < now() - $1::interval * power(2, least(greatest(attempts - 1, 0), 6)) order by created_at, id limit 1 for update skip locked`
 	return optional(scanOperation(q.QueryRow(ctx, next, stale)))
 }

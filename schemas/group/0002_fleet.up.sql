@@ -1,0 +1,34 @@
+-- What runs over the fleet and the servers need of each tenant's place.
+
+-- spare: a schema of the warm pool, which no tenant has claimed yet.
+alter table public.placements drop constraint placements_state_check;
+alter table public.placements add constraint placements_state_check check (state in ('active', 'suspended', 'dropped', 'spare'));
+-- The least head that a binary must have to serve this tenant: raised by migrations marked as breaking.
+alter table public.placements add column reader integer not null default 0 check (reader >= 0);
+
+-- How far a migration is that is more than one transaction: a file without a transaction, or a data migration. The row
+-- ends with the ledger row, in one transaction; of a data migration that runs beside later ones it outlives it.
+create table public.progress (
+    tenant     integer not null references public.placements (number) on delete cascade,
+    version    integer not null check (version > 0),
+    -- Of the file as it was when it was begun: a changed one is not continued.
+    checksum   bytea not null check (octet_length(checksum) = 32),
+    statements integer not null default 0 check (statements >= 0),
+    batches    bigint not null default 0 check (batches >= 0),
+    rows       bigint not null default 0 check (rows >= 0),
+    beside     boolean not null default false,
+    started_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    primary key (tenant, version)
+);
+create index progress_beside on public.progress (tenant) where beside;
+
+-- A run's change of a tenant that leaves no ledger row: written in the change's own transaction, so that a run that is
+-- resumed makes it once.
+create table public.marks (
+    run    uuid not null,
+    tenant integer not null references public.placements (number) on delete cascade,
+    result jsonb,
+    at     timestamptz not null default now(),
+    primary key (run, tenant)
+);
