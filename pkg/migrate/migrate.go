@@ -80,9 +80,12 @@ func (m *Migrator) Head(set Set) int { return len(m.sets[set]) }
 func (m *Migrator) Files(set Set) []File { return m.sets[set] }
 
 // CreationScript is every tenant migration in one text, for a schema that has just been made.
-func (m *Migrator) CreationScript() string {
+func (m *Migrator) CreationScript() string { return m.CreationScriptTo(m.Head(TenantSet)) }
+
+// CreationScriptTo is CreationScript up to a version, from 0, which gives nothing, to Head.
+func (m *Migrator) CreationScriptTo(version int) string {
 	var b strings.Builder
-	for _, f := range m.sets[TenantSet] {
+	for _, f := range m.sets[TenantSet][:version] {
 		b.WriteString(f.Up)
 		b.WriteString("\n;\n")
 	}
