@@ -26,6 +26,7 @@ var All = []string{
 	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",
 	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
 	"migrate.before", "migrate.applied", "migrate.after",
+	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 }
 
 var armed = sync.OnceValues(func() (map[string]string, error) {
