@@ -98,7 +98,7 @@ func (a *App) open() (err error) {
 	}
 	a.Provision, err = provision.New(provision.Options{
 		DB: a.DB, Migrate: a.Migrate, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
-		Changed: a.changed, Logger: a.Log,
+		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Logger: a.Log,
 	})
 	return err
 }

@@ -18,14 +18,15 @@ import (
 
 // Config is every setting. config/oneo.yaml documents each of them, and is held equal to Default by a test.
 type Config struct {
-	Database Database `mapstructure:"database"`
-	Tenancy  Tenancy  `mapstructure:"tenancy"`
-	Redis    Redis    `mapstructure:"redis"`
-	Server   Server   `mapstructure:"server"`
-	Auth     Auth     `mapstructure:"auth"`
-	Cache    Cache    `mapstructure:"cache"`
-	Schemas  Schemas  `mapstructure:"schemas"`
-	Log      Log      `mapstructure:"log"`
+	Database     Database     `mapstructure:"database"`
+	Tenancy      Tenancy      `mapstructure:"tenancy"`
+	Provisioning Provisioning `mapstructure:"provisioning"`
+	Redis        Redis        `mapstructure:"redis"`
+	Server       Server       `mapstructure:"server"`
+	Auth         Auth         `mapstructure:"auth"`
+	Cache        Cache        `mapstructure:"cache"`
+	Schemas      Schemas      `mapstructure:"schemas"`
+	Log          Log          `mapstructure:"log"`
 }
 
 // Database says how PostgreSQL is reached.
@@ -68,6 +69,11 @@ type Tenancy struct {
 	InFlight   int           `mapstructure:"in_flight"`
 	DropGrace  time.Duration `mapstructure:"drop_grace"`
 	DomainHold time.Duration `mapstructure:"domain_hold"`
+}
+
+// Provisioning says what is made before it is asked for.
+type Provisioning struct {
+	PoolSize int `mapstructure:"pool_size"`
 }
 
 // Redis says how Redis is reached. Without a URL each process caches for itself.
@@ -261,6 +267,7 @@ func (c Config) Validate() error {
 	between("tenancy.in_flight", c.Tenancy.InFlight, 0, 10_000)
 	between("server.requests_per_ip", c.Server.RequestsPerIP, 0, 1_000_000)
 	between("server.requests_per_tenant", c.Server.RequestsPerTenant, 0, 1_000_000)
+	between("provisioning.pool_size", c.Provisioning.PoolSize, 0, 1000)
 	positive("tenancy.drop_grace", c.Tenancy.DropGrace)
 	if c.Tenancy.DomainHold < 0 {
 		bad("tenancy.domain_hold", "must not be below 0")

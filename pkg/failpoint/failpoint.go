@@ -25,6 +25,7 @@ var All = []string{
 	"rename.before", "rename.started", "rename.schema", "rename.finish", "rename.after",
 	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",
 	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
+	"spare.removed", "spare.made",
 	"migrate.before", "migrate.applied", "migrate.after",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 }

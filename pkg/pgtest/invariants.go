@@ -13,13 +13,16 @@ import (
 // broken finds what must never be, at rest: each row is one sentence. An unfinished operation explains the state of its
 // own tenant and nothing else.
 const broken = `
-with open as (select tenant from public.operations where state = 'running')
+with open as (select tenant from public.operations where state = 'running' and tenant is not null)
 select format('I1: tenant %s (%s) has no placement', t.slug, t.state) from public.tenants t
 where t.group_name = 'main' and t.state in ('active', 'suspended', 'dropped')
   and not exists (select from public.placements p where p.number = t.number) and t.number not in (select tenant from open)
 union all
 select format('I1: placement %s has no tenant', p.number) from public.placements p
-where not exists (select from public.tenants t where t.number = p.number and t.state <> 'purged') and p.number not in (select tenant from open)
+where p.state <> 'spare' and not exists (select from public.tenants t where t.number = p.number and t.state <> 'purged') and p.number not in (select tenant from open)
+union all
+select format('I1: the spare %s stands in the schema %s', p.number, p.schema) from public.placements p
+where p.state = 'spare' and p.schema <> 'oneo_spare_' || p.number
 union all
 select format('I1: placement %s names a schema that is not there: %s', p.number, p.schema) from public.placements p
 where not exists (select from pg_namespace n where n.nspname = p.schema and n.oid = p.namespace)
@@ -34,6 +37,9 @@ union all
 select format('I1: role %s belongs to no placement', r.rolname) from pg_roles r, public.installation i
 where r.rolname like 'oneo\_' || i.id || '\_%' and not exists (select from public.placements p where p.role = r.rolname)
   and not exists (select from public.tenants t where t.group_name <> 'main' and t.state <> 'purged' and r.rolname = 'oneo_' || i.id || '_' || t.number)
+  and not exists ( -- a spare's in another database
+    select from pg_shdepend d where d.refclassid = 'pg_authid'::regclass and d.refobjid = r.oid
+      and d.dbid not in (0, (select oid from pg_database where datname = current_database())))
 union all
 select format('I1: tenant %s is %s, its placement %s', t.slug, t.state, p.state) from public.tenants t join public.placements p using (number)
 where t.state <> p.state and t.number not in (select tenant from open)

@@ -196,5 +196,13 @@ func (tx *OwnerTx) LockOperation(ctx context.Context, number int32, wait time.Du
 	}
 }
 
+// TryPoolLock takes the lock of the database's pool of spare schemas until the transaction ends, and reports whether it
+// did. It never waits.
+func (tx *OwnerTx) TryPoolLock(ctx context.Context) (bool, error) {
+	var got bool
+	err := tx.conn.Conn().QueryRow(ctx, `select pg_catalog.pg_try_advisory_xact_lock($1::int4, 0)`, lockPool).Scan(&got)
+	return got, err
+}
+
 // Quote quotes an identifier. It is the one place where a name becomes SQL.
 func Quote(identifier string) string { return pgx.Identifier{identifier}.Sanitize() }

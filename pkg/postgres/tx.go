@@ -32,6 +32,7 @@ const (
 const (
 	lockGate      = 7302657 // taken shared by every bound transaction, exclusively by what changes the placement
 	lockOperation = 7302658 // one structural operation on a tenant at a time
+	lockPool      = 7302659 // what fills and empties the pool of spare schemas, one process at a time; the second key is 0
 )
 
 const (

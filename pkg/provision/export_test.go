@@ -2,6 +2,7 @@ package provision
 
 import (
 	"context"
+	"time"
 
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -20,4 +21,15 @@ func (p *Provisioner) PurgeAsRead(ctx context.Context, t tenant.Tenant) error {
 	}
 	_, err = p.run(ctx, c, nil)
 	return err
+}
+
+// KeepPools does what Work does for the pools, until nothing is left to do.
+func (p *Provisioner) KeepPools(ctx context.Context) {
+	for k := (&keeper{paused: map[string]time.Time{}}); p.keepPools(ctx, k); {
+	}
+}
+
+// Keep does one thing for one pool.
+func (p *Provisioner) Keep(ctx context.Context, group string, size int) (bool, error) {
+	return p.keep(ctx, group, size)
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -46,6 +47,7 @@ func TestMain(m *testing.M) {
 type task struct {
 	Operation string
 	Group     string
+	PoolSize  int
 	Groups    map[string]postgres.Group
 }
 
@@ -57,14 +59,16 @@ func (k task) child() error {
 		return err
 	}
 	defer db.Close()
-	_, p, m, err := openOn(db)
+	_, p, m, err := openOn(db, k.pool)
 	if err != nil {
 		return err
 	}
 	return k.do(context.Background(), db, p, m)
 }
 
-func openOn(db *postgres.DB) (*postgres.DB, *provision.Provisioner, *migrate.Migrator, error) {
+func (k task) pool(o *provision.Options) { o.PoolSize = k.PoolSize }
+
+func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, *provision.Provisioner, *migrate.Migrator, error) {
 	m, err := migrate.New(db, migrate.Options{Files: schemas.Files})
 	if err != nil {
 		return nil, nil, nil, err
@@ -73,10 +77,14 @@ func openOn(db *postgres.DB) (*postgres.DB, *provision.Provisioner, *migrate.Mig
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	p, err := provision.New(provision.Options{
+	o := provision.Options{
 		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 5 * time.Second,
 		StaleAfter: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
-	})
+	}
+	for _, f := range change {
+		f(&o)
+	}
+	p, err := provision.New(o)
 	return db, p, m, err
 }
 
@@ -104,6 +112,10 @@ func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner,
 			return perr
 		}
 		_, err = p.Rename(ctx, acme, provision.RenameRequest{Slug: to, Schema: to.Schema(), Actor: "test"})
+	case "spare":
+		if err = p.KeepSpares(ctx); err == nil {
+			p.KeepPools(ctx)
+		}
 	case "migrate":
 		var t tenant.Tenant
 		if t, err = find(ctx, db, acme.String()); err == nil {
@@ -120,17 +132,24 @@ func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner,
 func TestKillEverywhere(t *testing.T) {
 	t.Parallel()
 	for _, group := range []string{"main", "second"} {
-		for _, point := range failpoint.All {
-			if strings.HasPrefix(point, "run.") { // of runs over the fleet: cmd/oneo kills those
+		for _, place := range slices.Concat(failpoint.All, claiming) {
+			if strings.HasPrefix(place, "run.") { // of runs over the fleet: cmd/oneo kills those
 				continue
 			}
-			t.Run(group+" "+point, func(t *testing.T) {
+			t.Run(group+" "+place, func(t *testing.T) {
 				t.Parallel()
+				point, claims := strings.CutSuffix(place, " of a spare")
 				operation, _, ok := strings.Cut(point, ".")
 				require.Truef(t, ok, "the failpoint %s names no operation", point)
 				f := newFixture(t, group)
 				ctx := t.Context()
 				k := task{Operation: operation, Group: group, Groups: f.groups}
+				var spares []int32
+				if claims || operation == "spare" {
+					k.PoolSize = 2
+					f.p = f.pooled(t, k.PoolSize)
+					spares = f.spares(t, group)
+				}
 				f.prepare(t, operation, group)
 
 				self, err := os.Executable()
@@ -152,10 +171,22 @@ func TestKillEverywhere(t *testing.T) {
 						strings.Contains(err.Error(), "cannot be"), "doing it again: %v", err)
 				}
 				f.reached(t, operation, group)
+				if claims {
+					tn, err := find(ctx, f.db, "acme")
+					require.NoError(t, err)
+					require.Containsf(t, spares, tn.Number, "the tenant has taken one of the spares")
+					require.Subset(t, spares, f.spares(t, group), "no other spare was made")
+					require.Len(t, f.spares(t, group), len(spares)-1, "no other spare is lost")
+				}
 				f.invariants(t)
 			})
 		}
 	}
+}
+
+// claiming are the places of a creation that takes a spare.
+var claiming = []string{
+	"create.before of a spare", "create.started of a spare", "create.schema of a spare", "create.finish of a spare", "create.after of a spare",
 }
 
 type fixture struct {
@@ -193,7 +224,11 @@ func (f fixture) create(t *testing.T, slug, group string) tenant.Tenant {
 func (f fixture) prepare(t *testing.T, operation, group string) {
 	t.Helper()
 	ctx, acme := t.Context(), pgtest.Slug(t, "acme")
-	if operation == "create" {
+	switch operation {
+	case "create":
+		return
+	case "spare": // one of them is behind
+		f.spoil(t, group, f.spares(t, group)[0], behind)
 		return
 	}
 	made := f.create(t, "acme", group)
@@ -236,6 +271,10 @@ func find(ctx context.Context, db *postgres.DB, slug string) (t tenant.Tenant, e
 func (f fixture) reached(t *testing.T, operation, group string) {
 	t.Helper()
 	slug, state := "acme", tenant.Active
+	if operation == "spare" {
+		f.requireSpares(t, group, 2, 0)
+		return
+	}
 	switch operation {
 	case "rename":
 		slug = "globex"
@@ -287,7 +326,7 @@ union all select format('version of %s', p.number) from public.placements p
 	require.NoError(t, err)
 	require.Empty(t, found, "the second group's database")
 	// Registry and the second group's placements agree.
-	rows, err = c.Query(t.Context(), `select format('%s %s', number, state) from public.placements order by number`)
+	rows, err = c.Query(t.Context(), `select format('%s %s', number, state) from public.placements where state <> 'spare' order by number`)
 	require.NoError(t, err)
 	placed, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	require.NoError(t, err)

@@ -4,7 +4,8 @@
 // an operation whose steps can be repeated, and that the same command or a server's worker resumes wherever it was
 // killed. Two changes of one tenant never mix: they take its operation lock. A change of what requests see takes the
 // tenant's gate, so that no request sees half of it and none writes behind it. Dropping keeps the data for a grace
-// period; only Purge destroys.
+// period; only Purge destroys. A schema of the warm pool becomes at most one tenant's, and only while it is what a
+// creation would make at that moment.
 package provision
 
 import (
@@ -13,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -37,6 +39,9 @@ type Options struct {
 	// StaleAfter is how long an operation may go without a sign of life before another process takes it up; 0 is 10
 	// seconds.
 	StaleAfter time.Duration
+	// PoolSize is how many spare schemas Work keeps ready in each group that accepts tenants; 0: none, and no creation
+	// looks for one.
+	PoolSize int
 	// Changed is called after a tenant's placement, hosts or state have changed, with every host it had or has: the
 	// caches forget them. May be nil.
 	Changed func(ctx context.Context, t tenant.Tenant, hosts []tenant.Host)
@@ -45,14 +50,18 @@ type Options struct {
 
 // Provisioner changes tenants. It is safe for concurrent use.
 type Provisioner struct {
-	o    Options
-	wake chan struct{}
+	o     Options
+	wake  chan struct{}
+	taken atomic.Bool // perhaps a spare, since Work last looked at the pools
 }
 
 // New checks the options.
 func New(o Options) (*Provisioner, error) {
 	if o.DB == nil || o.Migrate == nil || o.Logger == nil || o.BaseDomain.IsZero() {
 		return nil, errors.New("provision: DB, Migrate, BaseDomain and Logger must be given")
+	}
+	if o.PoolSize < 0 {
+		return nil, errors.New("provision: PoolSize must not be below 0")
 	}
 	if o.GateWait == 0 {
 		o.GateWait = 10 * time.Second
@@ -88,6 +97,9 @@ type change struct {
 	request any
 	details any // of the audit row
 
+	// numbered is the same creation under a number; nil: the number is settled.
+	numbered func(number int32) change
+
 	begin  func(ctx context.Context, q postgres.Querier) error   // may be nil
 	schema func(ctx context.Context, tx *postgres.OwnerTx) error // must be safe to repeat
 	finish func(ctx context.Context, q postgres.Querier) error   // must be safe to repeat
@@ -121,6 +133,11 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		}
 		if c.begin != nil {
 			if err := c.begin(ctx, tx); err != nil {
+				return err
+			}
+		}
+		if op != nil && c.numbered != nil {
+			if err := registry.Assign(ctx, tx, op.ID, c.tenant.Number); err != nil {
 				return err
 			}
 		}
@@ -174,6 +191,16 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	if p.o.DB.SameDatabase(c.tenant.Group) {
 		err = p.patiently(ctx, func() error {
 			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+				if c.numbered != nil {
+					number, err := p.spareFor(ctx, tx, c.tenant.Group, nil)
+					if err == nil && number == 0 {
+						number, err = registry.NextNumber(ctx, tx)
+					}
+					if err != nil {
+						return err
+					}
+					c = c.numbered(number)
+				}
 				if err := p.exclude(ctx, tx, c, op); err != nil {
 					return err
 				}
@@ -186,7 +213,7 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 			})
 		})
 	} else {
-		err = p.runApart(ctx, c, &op, begin, schema, finish)
+		err = p.runApart(ctx, &c, &op, begin, schema, finish)
 	}
 	if err != nil {
 		return tenant.Tenant{}, p.named(err, c)
@@ -196,6 +223,10 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		all = append(all, h)
 	}
 	p.o.Changed(context.WithoutCancel(ctx), after, all)
+	if c.kind == KindCreate && p.o.PoolSize > 0 {
+		p.taken.Store(true)
+		p.Wake()
+	}
 	return after, failpoint.Hit(c.point + ".after")
 }
 
@@ -231,8 +262,8 @@ func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c chang
 	return running(open)
 }
 
-// runApart carries a change out whose schema lies in another database than the registry.
-func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Operation, begin, schema, finish func(*postgres.OwnerTx) error) error {
+// runApart carries a change out whose schema lies in another database than the registry. It settles the number of *c.
+func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Operation, begin, schema, finish func(*postgres.OwnerTx) error) error {
 	inMain := func(steps ...func(*postgres.OwnerTx) error) error {
 		return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 			for _, step := range steps {
@@ -245,21 +276,43 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 	}
 	if *op == nil || !(*op).Begun {
 		begun := *op
-		err := inMain(func(tx *postgres.OwnerTx) error {
-			if err := p.exclude(ctx, tx, c, *op); err != nil {
+		var refused []int32 // spares that creations have reserved already
+		for {
+			var spare int32
+			if c.numbered != nil {
+				spare = p.spareApart(ctx, c.tenant.Group, refused)
+			}
+			err := inMain(func(tx *postgres.OwnerTx) error {
+				if c.numbered == nil {
+					return nil
+				}
+				number, err := spare, error(nil)
+				if number == 0 {
+					number, err = registry.NextNumber(ctx, tx)
+				}
+				*c = c.numbered(number)
+				return err
+			}, func(tx *postgres.OwnerTx) error {
+				if err := p.exclude(ctx, tx, *c, *op); err != nil {
+					return err
+				}
+				return begin(tx)
+			}, func(tx *postgres.OwnerTx) error {
+				if begun != nil {
+					return registry.MarkBegun(ctx, tx, begun.ID, c.request)
+				}
+				o, err := registry.Begin(ctx, tx, c.kind, c.tenant, c.actor, c.request)
+				*op = &o
+				return err
+			})
+			if spare != 0 && numberTaken(err) {
+				refused = append(refused, spare)
+				continue
+			}
+			if err != nil {
 				return err
 			}
-			return begin(tx)
-		}, func(tx *postgres.OwnerTx) error {
-			if begun != nil {
-				return registry.MarkBegun(ctx, tx, begun.ID, c.request)
-			}
-			o, err := registry.Begin(ctx, tx, c.kind, c.tenant, c.actor, c.request)
-			*op = &o
-			return err
-		})
-		if err != nil {
-			return err
+			break
 		}
 		(*op).Begun = true
 	}
@@ -269,9 +322,16 @@ func (p *Provisioner) runApart(ctx context.Context, c change, op **registry.Oper
 		if retryable(err) {
 			return err // the operation stays open and is resumed
 		}
-		return errors.Join(err, p.takeBack(ctx, c, *op, p.named(err, c), inMain))
+		return errors.Join(err, p.takeBack(ctx, *c, *op, p.named(err, *c), inMain))
 	}
 	return inMain(finish)
+}
+
+// numberTaken reports whether the registry has a tenant of that number already. It is the registry's row that reserves
+// a spare of another database: whoever was killed behind it holds the spare until its creation is finished or undone.
+func numberTaken(err error) bool {
+	var pe *pgconn.PgError
+	return errors.As(err, &pe) && pe.Code == "23505" && pe.ConstraintName == "tenants_pkey"
 }
 
 // takeBack undoes the beginning of an operation whose schema cannot be made, and fails it, in one transaction. What an

@@ -84,11 +84,11 @@ func (p *Provisioner) CreateOrFinish(ctx context.Context, r CreateRequest) (t te
 	if err := p.checkCreate(&r); err != nil {
 		return t, false, err
 	}
-	number, t, err := p.reserve(ctx, r.Slug, r.Actor)
-	if err != nil || number == 0 {
+	free, t, err := p.vacant(ctx, r.Slug, r.Actor)
+	if err != nil || !free {
 		return t, err == nil, err
 	}
-	c, err := p.creation(ctx, r, number)
+	c, err := p.newCreation(ctx, r)
 	if err != nil {
 		return tenant.Tenant{}, false, err
 	}
@@ -170,18 +170,18 @@ func (p *Provisioner) checkCreate(r *CreateRequest) error {
 	return nil
 }
 
-// reserve takes a number for a tenant whose name nobody has. Without a number it returns the tenant of that name, whose
-// creation it has finished.
-func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor string) (number int32, t tenant.Tenant, err error) {
+// vacant reports whether nobody has the name. When somebody has, it returns the tenant of that name, whose creation it
+// has finished.
+func (p *Provisioner) vacant(ctx context.Context, slug tenant.Slug, actor string) (free bool, t tenant.Tenant, err error) {
 	settled := false
 	for {
 		var taken bool
 		err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-			number, taken, err = registry.Reserve(ctx, tx, slug)
+			taken, err = registry.Taken(ctx, tx, slug)
 			return err
 		})
 		if err != nil || !taken {
-			return number, t, err
+			return err == nil, t, err
 		}
 		// A create that was killed between two databases is finished by asking for the same again.
 		t, kind, err := p.findAndFinish(ctx, slug)
@@ -189,28 +189,48 @@ func (p *Provisioner) reserve(ctx context.Context, slug tenant.Slug, actor strin
 		case fault.Is(err, fault.NotFound): // or undone
 			continue
 		case err != nil:
-			return 0, t, err
+			return false, t, err
 		case t.State == tenant.Creating && !settled:
 			settled = true
 			if t, err = p.run(ctx, p.settling(t, actor), nil); err == nil || !notMade(err) {
-				return 0, t, err
+				return false, t, err
 			}
 			continue
 		case kind == KindCreate && t.State == tenant.Active:
-			return 0, t, nil
+			return false, t, nil
 		case t.State == tenant.Creating:
-			return 0, t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
+			return false, t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
 		}
-		return 0, t, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
+		return false, t, fault.New(fault.Conflict, "a tenant of this name exists already").WithCode("tenant_exists").
 			WithTenant(slug.String()).WithHint("oneo tenant show %s", slug)
 	}
 }
 
+// newCreation is a creation whose number is settled when it begins: that of a spare, or of a new tenant.
+func (p *Provisioner) newCreation(ctx context.Context, r CreateRequest) (change, error) {
+	inst, err := p.o.DB.Installation(ctx, r.Group)
+	if err != nil {
+		return change{}, err
+	}
+	var numbered func(int32) change
+	numbered = func(number int32) change {
+		c := p.creationOn(inst, r, number)
+		c.numbered = numbered
+		return c
+	}
+	return numbered(0), nil
+}
+
+// creation is a creation under a number that is settled.
 func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int32) (change, error) {
 	inst, err := p.o.DB.Installation(ctx, r.Group)
 	if err != nil {
 		return change{}, err
 	}
+	return p.creationOn(inst, r, number), nil
+}
+
+func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, number int32) change {
 	t := tenant.Tenant{Number: number, Slug: r.Slug, Schema: r.Schema, Group: r.Group, State: tenant.Active, Name: r.Name}
 	state := tenant.Active
 	if !p.o.DB.SameDatabase(r.Group) {
@@ -246,7 +266,7 @@ func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int3
 		},
 		undo: func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, number) },
 		made: placed(number),
-	}, nil
+	}
 }
 
 func created(ctx context.Context, q postgres.Querier, number int32) error {
@@ -259,9 +279,9 @@ func uncreated(ctx context.Context, q postgres.Querier, number int32) error {
 	return err
 }
 
-// placed asks whether the tenant has a placement; with conditions, one that meets them.
+// placed asks whether the tenant has a placement; with conditions, one that meets them. A spare is no tenant's yet.
 func placed(number int32, conditions ...string) func(context.Context, *postgres.OwnerTx) (bool, error) {
-	query := `select exists (select from public.placements where number = $1`
+	query := `select exists (select from public.placements where number = $1 and state <> 'spare'`
 	args := []any{number}
 	for i := 0; i+1 < len(conditions); i += 2 { // a column of our own and its value
 		args = append(args, conditions[i+1])
@@ -341,25 +361,54 @@ select accepting, max_tenants from limited union all select accepting, max_tenan
 	return nil
 }
 
-// makeSchema makes role, schema, tables, placement, ledger rows and first user. It does nothing when a placement of
-// the tenant stands already: they come in one transaction.
+// makeSchema gives the tenant its schema: the spare of its number where a tenant may have it, and a new one otherwise.
+// It does nothing when a placement of the tenant stands already: all comes in one transaction.
 func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest, inst postgres.Installation, number int32) error {
-	start := time.Now()
-	var made bool
-	var before, after string
-	const ask = `select exists (select from public.placements where number = $1), pg_catalog.pg_current_xact_id()::text`
-	if err := tx.QueryRow(ctx, ask, number).Scan(&made, &before); err != nil || made {
+	var state string
+	const ask = `select coalesce((select state from public.placements where number = $1 for update), '')`
+	if err := tx.QueryRow(ctx, ask, number).Scan(&state); err != nil || state != "" && state != spare {
 		return err
 	}
 	if err := p.o.Migrate.CheckTenantFiles(ctx, tx); err != nil {
 		return err
 	}
-	role := p.role(inst, number)
-	qschema, qrole := postgres.Quote(r.Schema.String()), postgres.Quote(role)
+	if state == spare {
+		claimed, err := p.claimSpare(ctx, tx, r, inst, number)
+		if err != nil || claimed {
+			return err
+		}
+		if err := p.removeSpare(ctx, tx, inst, number); err != nil {
+			return err
+		}
+	}
+	var user func() error
+	if r.AdminEmail != "" {
+		user = func() error { return firstUser(ctx, tx, r) }
+	}
+	return p.build(ctx, tx, inst, plot{number: number, schema: r.Schema, state: string(tenant.Active)}, user)
+}
+
+// plot says where a schema is built, and as what.
+type plot struct {
+	number int32
+	schema tenant.Schema
+	state  string
+}
+
+// build makes role, schema, tables, placement and ledger rows. inside, which may be nil, runs when the tables are made,
+// bound to the schema.
+func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installation, at plot, inside func() error) error {
+	start := time.Now()
+	before, err := migrate.Transaction(ctx, tx)
+	if err != nil {
+		return err
+	}
+	role := p.role(inst, at.number)
+	qschema, qrole := postgres.Quote(at.schema.String()), postgres.Quote(role)
 	var b strings.Builder
 	if p.o.DB.Isolation() == postgres.ByRole {
 		fmt.Fprintf(&b, "create role %s nologin noinherit;\n", qrole)
-		fmt.Fprintf(&b, "grant %s to %s;\n", qrole, postgres.Quote(inst.LoginOf(number)))
+		fmt.Fprintf(&b, "grant %s to %s;\n", qrole, postgres.Quote(inst.LoginOf(at.number)))
 	}
 	fmt.Fprintf(&b, "create schema %s;\nset local search_path to %s, ext, pg_temp;\n", qschema, qschema)
 	fmt.Fprintf(&b, "grant usage on schema %s to %s;\n", qschema, qrole)
@@ -367,30 +416,31 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant select, insert, update, delete on tables to %s;\n", qschema, qrole)
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant usage, select on sequences to %s;\n", qschema, qrole)
 	b.WriteString(p.o.Migrate.CreationScript())
-	if r.AdminEmail == "" {
+	if inside == nil {
 		b.WriteString(emptyPath)
 	}
 	if err := tx.Script(ctx, b.String()); err != nil {
 		return err
 	}
-	if r.AdminEmail != "" {
-		if err := firstUser(ctx, tx, r); err != nil {
+	if inside != nil {
+		if err := inside(); err != nil {
 			return err
 		}
 		if err := tx.Script(ctx, emptyPath); err != nil {
 			return err
 		}
 	}
+	var after string
 	const place = `insert into public.placements (number, schema, role, namespace, state, version)
-values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), 'active', $4)
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), $5, $4)
 returning pg_catalog.pg_current_xact_id()::text`
-	if err := tx.QueryRow(ctx, place, number, r.Schema.String(), role, p.o.Migrate.Head(migrate.TenantSet)).Scan(&after); err != nil {
+	if err := tx.QueryRow(ctx, place, at.number, at.schema.String(), role, p.o.Migrate.Head(migrate.TenantSet), at.state).Scan(&after); err != nil {
 		return err
 	}
 	if err := migrate.SameTransaction(before, after); err != nil {
 		return err
 	}
-	return migrate.Record(ctx, tx, migrate.TenantSet, number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))
+	return migrate.Record(ctx, tx, migrate.TenantSet, at.number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))
 }
 
 // role is the one whose rights a transaction bound to the tenant has.
@@ -401,7 +451,11 @@ func (p *Provisioner) role(inst postgres.Installation, number int32) string {
 	return inst.AppRole
 }
 
+// firstUser adds the tenant's first user, and leaves the transaction bound to the tenant's schema.
 func firstUser(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest) error {
+	if err := tx.Bind(ctx, r.Schema); err != nil {
+		return err
+	}
 	var there bool
 	if err := tx.QueryRow(ctx, `select pg_catalog.to_regclass('users') is not null`).Scan(&there); err != nil {
 		return err
@@ -409,10 +463,6 @@ func firstUser(ctx context.Context, tx *postgres.OwnerTx, r CreateRequest) error
 	if !there {
 		return fault.New(fault.Invalid, "these tenant migrations make no table users, so there is no first user to add").
 			WithCode("no_users").WithHint("leave --admin-email out")
-	}
-	// The script has bound the transaction already; now the connection knows it too and keeps no statement of it.
-	if err := tx.Bind(ctx, r.Schema); err != nil {
-		return err
 	}
 	_, err := auth.Tenants().AddUser(ctx, tx, auth.NewUser{Email: r.AdminEmail, Role: auth.RoleAdmin, PasswordHash: r.AdminPasswordHash})
 	return err
@@ -649,27 +699,11 @@ func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string
 	return change{
 		kind: KindPurge, point: "purge", tenant: t, actor: actor, request: request{Slug: t.Slug.String()}, details: details,
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
-			at, there, err := standing(ctx, tx, t.Number)
-			switch {
-			case err != nil:
-				return err
-			case at == "": // purged by an earlier attempt
-			case there && at == droppedSchema(t.Number):
-				// By its renamed name only: a schema that stands under the tenant's name by now is another's.
-				if err := tx.Script(ctx, "drop schema "+postgres.Quote(at)+" cascade"); err != nil {
-					return err
-				}
-			default:
-				details[codeSchemaMissing] = true
+			// By its renamed name only: a schema that stands under the tenant's name by now is another's.
+			err := destroy(ctx, tx, inst, t.Number, droppedSchema(t.Number), details)
+			if details[codeSchemaMissing] == true {
 				p.o.Logger.WarnContext(ctx, "the dropped tenant's schema is gone or was made again behind oneo's back: no schema was destroyed", "tenant", t.Slug)
 			}
-			if err := dropRole(ctx, tx, inst.TenantRole(t.Number), details); err != nil {
-				return err
-			}
-			if _, err := tx.Exec(ctx, `delete from public.ledger where set = 'tenant' and tenant = $1`, t.Number); err != nil {
-				return err
-			}
-			_, err = tx.Exec(ctx, `delete from public.placements where number = $1`, t.Number)
 			return err
 		},
 		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
@@ -703,6 +737,31 @@ on conflict (host) do update set tenant = excluded.tenant, held_until = excluded
 			return err
 		},
 	}, nil
+}
+
+// destroy takes away what a number has in the database: schema, role, ledger rows and placement. The schema goes only
+// where it is the one of the placement and stands under its name own; details say so when it does not.
+func destroy(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installation, number int32, own string, details map[string]any) error {
+	at, there, err := standing(ctx, tx, number)
+	switch {
+	case err != nil:
+		return err
+	case at == "": // destroyed by an earlier attempt
+	case there && at == own:
+		if err := tx.Script(ctx, "drop schema "+postgres.Quote(at)+" cascade"); err != nil {
+			return err
+		}
+	default:
+		details[codeSchemaMissing] = true
+	}
+	if err := dropRole(ctx, tx, inst.TenantRole(number), details); err != nil {
+		return err
+	}
+	if _, err := tx.Exec(ctx, `delete from public.ledger where set = 'tenant' and tenant = $1`, number); err != nil {
+		return err
+	}
+	_, err = tx.Exec(ctx, `delete from public.placements where number = $1`, number)
+	return err
 }
 
 // dropRole destroys a tenant's role, unless something that is not the tenant's refers to it: then it is left, and the

@@ -21,13 +21,14 @@ const (
 	maxPurgesEach = 20
 )
 
-// Work carries out queued operations, takes up interrupted ones and purges tenants whose grace is over, until ctx
-// ends. Any number of processes may work at once.
+// Work carries out queued operations, takes up interrupted ones, purges tenants whose grace is over and keeps the pools
+// of spare schemas, one spare at a time and while no operation waits, until ctx ends. Any number of processes may work at once.
 func (p *Provisioner) Work(ctx context.Context) error {
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	var looked time.Time
 	var at place
+	pools := keeper{paused: map[string]time.Time{}}
 	for {
 		for {
 			did, err := p.workOnce(ctx)
@@ -48,6 +49,9 @@ func (p *Provisioner) Work(ctx context.Context) error {
 			if at, err = p.purgeOverdue(ctx, at); err != nil && ctx.Err() == nil {
 				p.o.Logger.ErrorContext(ctx, "purge overdue tenants", "error", err)
 			}
+		}
+		if p.keepPools(ctx, &pools) {
+			continue // operations first, then the next spare
 		}
 		select {
 		case <-ctx.Done():
@@ -89,9 +93,13 @@ func (p *Provisioner) claim(ctx context.Context) (op registry.Operation, found b
 				return err
 			}
 		}
-		number := op.Number
-		if number == nil {
-			n, err := p.numberFor(ctx, tx, op)
+		op.Attempts++
+		if op.Kind == KindCreate && !op.Begun { // its beginning gives the tenant a number
+			op.Number = nil
+			return registry.Start(ctx, tx, op.ID, 0)
+		}
+		if op.Number == nil {
+			n, err := numberOf(ctx, tx, op)
 			if err != nil {
 				var f *fault.Fault
 				if errors.As(err, &f) && f.Kind != fault.Unavailable {
@@ -100,26 +108,21 @@ func (p *Provisioner) claim(ctx context.Context) (op registry.Operation, found b
 				}
 				return err
 			}
-			number = &n
+			op.Number = &n
 		}
-		if other, busy, err := registry.Open(ctx, tx, *number); err != nil {
+		if other, busy, err := registry.Open(ctx, tx, *op.Number); err != nil {
 			return err
 		} else if busy && other.ID != op.ID {
 			found = false // it waits for the tenant's running operation
 			return nil
 		}
-		op.Number, op.Attempts = number, op.Attempts+1
-		return registry.Start(ctx, tx, op.ID, *number)
+		return registry.Start(ctx, tx, op.ID, *op.Number)
 	})
 	return op, found, err
 }
 
-// numberFor is the tenant that an operation is about; a new number for one that is to be created.
-func (p *Provisioner) numberFor(ctx context.Context, tx *postgres.OwnerTx, op registry.Operation) (int32, error) {
-	if op.Kind == KindCreate {
-		var n int32
-		return n, tx.QueryRow(ctx, `select nextval('public.tenant_numbers')`).Scan(&n)
-	}
+// numberOf is the tenant that an operation is about.
+func numberOf(ctx context.Context, tx *postgres.OwnerTx, op registry.Operation) (int32, error) {
 	slug, err := tenant.ParseSlug(op.Slug)
 	if err != nil {
 		return 0, err
@@ -200,7 +203,12 @@ func (p *Provisioner) changeOf(ctx context.Context, op registry.Operation) (*cha
 		if err := p.checkCreate(&cr); err != nil {
 			return nil, err
 		}
-		c, err := p.creation(ctx, cr, *op.Number)
+		var c change
+		if op.Begun {
+			c, err = p.creation(ctx, cr, *op.Number)
+		} else {
+			c, err = p.newCreation(ctx, cr)
+		}
 		return &c, err
 	}
 	var t tenant.Tenant

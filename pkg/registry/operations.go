@@ -84,11 +84,16 @@ values ($1, $2, $3, $4, 'running', 'begun', $5, $6, 1, now(), now()) returning `
 	return scanOperation(q.QueryRow(ctx, insert, id, kind, t.Number, t.Slug.String(), body, actor))
 }
 
-// Start marks a queued or interrupted operation as running on a tenant.
+// Start marks a queued or interrupted operation as running on a tenant; 0: on one that has no number yet.
 func Start(ctx context.Context, q postgres.Querier, id uuid.UUID, number int32) error {
-	const start = `update public.operations set state = 'running', tenant = $2, attempts = attempts + 1,
+	const start = `update public.operations set state = 'running', tenant = nullif($2, 0), attempts = attempts + 1,
 	started_at = coalesce(started_at, now()), heartbeat = now() where id = $1 and state in ('queued', 'running')`
 	return oneRow(q.Exec(ctx, start, id, number))
+}
+
+// Assign notes which tenant a running operation makes.
+func Assign(ctx context.Context, q postgres.Querier, id uuid.UUID, number int32) error {
+	return oneRow(q.Exec(ctx, `update public.operations set tenant = $2 where id = $1 and state = 'running'`, id, number))
 }
 
 // MarkBegun notes, in the transaction of an operation's first step, that the step is made.

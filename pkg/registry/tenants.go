@@ -67,16 +67,16 @@ func BySlug(ctx context.Context, q postgres.Querier, slug tenant.Slug) (tenant.T
 	return t, err
 }
 
-// Reserve takes the number of a tenant that is to be made. Taken: the name is another's, and no number is taken. The
-// name is not held: two that are made at once are told apart by the insert.
-func Reserve(ctx context.Context, q postgres.Querier, slug tenant.Slug) (number int32, taken bool, err error) {
-	const reserve = `select nextval('public.tenant_numbers') where not exists (
-	select from public.tenants where slug = $1 and state <> 'purged')`
-	err = q.QueryRow(ctx, reserve, slug.String()).Scan(&number)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, true, nil
-	}
-	return number, false, err
+// Taken reports whether a tenant that has not been purged has the name. A free one is not held: two that are made at
+// once are told apart by the insert.
+func Taken(ctx context.Context, q postgres.Querier, slug tenant.Slug) (taken bool, err error) {
+	const query = `select exists (select from public.tenants where slug = $1 and state <> 'purged')`
+	return taken, q.QueryRow(ctx, query, slug.String()).Scan(&taken)
+}
+
+// NextNumber takes the number of a tenant that is to be made. It is never given again.
+func NextNumber(ctx context.Context, q postgres.Querier) (number int32, err error) {
+	return number, q.QueryRow(ctx, `select nextval('public.tenant_numbers')`).Scan(&number)
 }
 
 // ByNumber finds a tenant, purged or not.

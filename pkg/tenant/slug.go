@@ -1,6 +1,7 @@
 package tenant
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
@@ -93,6 +94,10 @@ func ParseSchema(s string) (Schema, error) {
 	}
 	return Schema{s}, nil
 }
+
+// SpareSchema is the name of the schema that stands ready for the tenant of a number. The prefix is oneo's: ParseSchema
+// reads no such name.
+func SpareSchema(number int32) Schema { return Schema{fmt.Sprintf("oneo_spare_%d", number)} }
 
 func checkSchema(s string) error {
 	bad := func(format string, args ...any) error {

@@ -3,6 +3,7 @@
 -- spare: a schema of the warm pool, which no tenant has claimed yet.
 alter table public.placements drop constraint placements_state_check;
 alter table public.placements add constraint placements_state_check check (state in ('active', 'suspended', 'dropped', 'spare'));
+create index placements_spare on public.placements (number) where state = 'spare';
 -- The least head that a binary must have to serve this tenant: raised by migrations marked as breaking.
 alter table public.placements add column reader integer not null default 0 check (reader >= 0);
 
