@@ -49,6 +49,14 @@ func TestParseSlugRefuses(t *testing.T) {
 	}
 }
 
+// A spare's name is oneo's own: no tenant has it.
+func TestSpareSchema(t *testing.T) {
+	s := tenant.SpareSchema(2147483647)
+	require.Equal(t, "oneo_spare_2147483647", s.String())
+	_, err := tenant.ParseSchema(s.String())
+	require.Truef(t, fault.Is(err, fault.Invalid), "a tenant must not be given the name %s: %v", s, err)
+}
+
 func TestParseSchema(t *testing.T) {
 	t.Parallel()
 	for _, s := range []string{"acme", "acme_berlin", "1", "select", "_x", strings.Repeat("a", 48)} {
