@@ -181,7 +181,7 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, t
 		},
 	}, func(t tenant.Tenant) string { return t.Slug.String() },
 		func(ctx context.Context, t tenant.Tenant) fleet.Outcome {
-			res, err := a.Migrate.Tenant(ctx, t)
+			res, err := a.Migrate.Tenant(ctx, t, migrate.TenantOptions{})
 			out := fleet.Outcome{Status: fleet.OK, From: res.From, To: res.To, Err: err}
 			if err != nil {
 				out.Status = fleet.Failed

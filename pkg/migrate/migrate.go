@@ -1,15 +1,16 @@
-// Package migrate brings a schema to a version. There are three sets of migrations: what every group's database holds,
-// the shared tables of the main one, and a tenant's tables.
+// Package migrate brings a schema to a version, up or down. There are three sets of migrations: what every group's
+// database holds, the shared tables of the main one, and a tenant's tables.
 //
-// It promises: each step runs in one transaction together with its ledger row, under the tenant's operation lock, so
-// that it is applied exactly once, however many processes try and wherever one is killed; a step whose file was changed
-// after it had been applied anywhere is refused before anything of its set is done; and the question who is behind is one query
-// for each database, whose cost does not grow with the number of tenants.
+// It promises: what was applied is in the ledger, in the transaction that applied it, so that each step is applied
+// exactly once, however many processes try and wherever one is killed. The steps of a tenant that can be one
+// transaction are one: a tenant whose migration fails is at its old version. What cannot, a file without a transaction
+// or a data migration, notes how far it is and goes on from there. A step whose file was changed after it had been
+// applied is refused before anything of its set is done; and the question who is behind is one query for each database,
+// whose cost does not grow with the number of tenants.
 package migrate
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -17,12 +18,9 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 
-	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
-	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 // Set names one of the three sets of migrations.
@@ -42,6 +40,8 @@ type Options struct {
 	Files fs.FS // holds the folders group and shared, and tenant unless Tenant is given
 	// Tenant replaces the folder tenant of Files with the root of another file system.
 	Tenant fs.FS
+	// Funcs are steps of the tenant set that are written in Go; they fill numbers that no file has.
+	Funcs []Func
 	// LockWait is how long a step waits for another operation on the same tenant; 0 is 10 seconds.
 	LockWait time.Duration
 }
@@ -64,13 +64,39 @@ func New(db *postgres.DB, o Options) (*Migrator, error) {
 		if set == TenantSet && o.Tenant != nil {
 			fsys, dir = o.Tenant, "."
 		}
-		files, err := Load(fsys, dir)
+		byVersion, err := read(fsys, dir)
 		if err != nil {
 			return nil, err
 		}
-		m.sets[set] = files
+		for v, f := range byVersion {
+			if set != TenantSet && (f.Kind != Transactional || f.Breaking) {
+				return nil, badFiles(dir, "%s: only a tenant's migrations have directives, or change data in batches", byVersion[v])
+			}
+		}
+		if set == TenantSet {
+			if err := addFuncs(dir, byVersion, o.Funcs); err != nil {
+				return nil, err
+			}
+		}
+		if m.sets[set], err = ordered(dir, byVersion); err != nil {
+			return nil, err
+		}
 	}
 	return m, nil
+}
+
+func addFuncs(dir string, byVersion map[int]*File, funcs []Func) error {
+	for _, fn := range funcs {
+		f, err := fn.file()
+		if err != nil {
+			return err
+		}
+		if other := byVersion[f.Version]; other != nil {
+			return badFiles(dir, "version %d stands twice: %s, and %s in Go", f.Version, other, f)
+		}
+		byVersion[f.Version] = &f
+	}
+	return nil
 }
 
 // Head is the newest version of a set.
@@ -79,27 +105,26 @@ func (m *Migrator) Head(set Set) int { return len(m.sets[set]) }
 // Files are the migrations of a set, oldest first.
 func (m *Migrator) Files(set Set) []File { return m.sets[set] }
 
-// CreationScript is every tenant migration in one text, for a schema that has just been made.
-func (m *Migrator) CreationScript() string { return m.CreationScriptTo(m.Head(TenantSet)) }
-
-// CreationScriptTo is CreationScript up to a version, from 0, which gives nothing, to Head.
-func (m *Migrator) CreationScriptTo(version int) string {
-	var b strings.Builder
-	for _, f := range m.sets[TenantSet][:version] {
-		b.WriteString(f.Up)
-		b.WriteString("\n;\n")
+// Reader is the least head that a binary must have to serve a tenant at a version: the newest breaking one up to it.
+func (m *Migrator) Reader(version int) int {
+	files := m.sets[TenantSet]
+	for v := min(version, len(files)); v > 0; v-- {
+		if files[v-1].Breaking {
+			return v
+		}
 	}
-	return b.String()
+	return 0
 }
 
 // Result is what happened to one schema.
 type Result struct {
 	From, To int
-	Applied  []File
+	Applied  []File // on the way down the ones that were taken back
+	Rows     int64  // changed by data migrations
 	Duration time.Duration
 }
 
-const appliedVersion = `select coalesce(max(version), 0) from public.ledger where set = $1 and tenant = $2`
+const appliedVersion = `select coalesce(max(version), 0) from public.ledger where set = $1 and tenant = 0`
 
 // Shared brings the shared schema to its head: what each group's database holds, main first, then the registry.
 func (m *Migrator) Shared(ctx context.Context) (Result, error) {
@@ -118,7 +143,7 @@ func (m *Migrator) Shared(ctx context.Context) (Result, error) {
 			return res, err
 		}
 		for _, set := range sets {
-			from, applied, err := m.apply(ctx, group, set, 0, func(tx *postgres.OwnerTx) error {
+			from, applied, err := m.apply(ctx, group, set, func(tx *postgres.OwnerTx) error {
 				const settings = `select pg_catalog.set_config('oneo.app_role', $1, true), pg_catalog.set_config('oneo.logins', $2, true)`
 				_, err := tx.Exec(ctx, settings, inst.AppRole, strings.Join(inst.LoginNames(), ","))
 				return err
@@ -160,43 +185,28 @@ func (m *Migrator) SharedBehind(ctx context.Context) error {
 	return nil
 }
 
-// Tenant brings one tenant to the head of its migrations. It may be suspended; it must have a placement.
-func (m *Migrator) Tenant(ctx context.Context, t tenant.Tenant) (Result, error) {
-	start := time.Now()
-	from, applied, err := m.apply(ctx, t.Group, TenantSet, t.Number, func(tx *postgres.OwnerTx) error {
-		return tx.BindPlaced(ctx, t.Number)
-	})
-	var f *fault.Fault
-	if errors.As(err, &f) && f.Tenant == "" {
-		f.Tenant = t.Slug.String()
-	}
-	return Result{From: from, To: from + len(applied), Applied: applied, Duration: time.Since(start)}, err
-}
-
-// apply runs what is missing of a set, each step in a transaction of its own. prepare binds that transaction.
-func (m *Migrator) apply(ctx context.Context, group string, set Set, number int32, prepare func(*postgres.OwnerTx) error) (from int, applied []File, err error) {
+// apply runs what is missing of the group's or the shared set, each step in a transaction of its own. prepare sets up
+// that transaction.
+func (m *Migrator) apply(ctx context.Context, group string, set Set, prepare func(*postgres.OwnerTx) error) (from int, applied []File, err error) {
 	from = -1
 	for {
 		var step *File
-		if err := failpoint.Hit("migrate.before"); err != nil {
-			return max(from, 0), applied, err
-		}
-		err := m.retryLocks(ctx, func() error {
+		err := m.retryLocks(ctx, m.db.LockTimeout(), func() error {
 			step = nil
 			return m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
 				var at int
-				if err := tx.QueryRow(ctx, appliedVersion, string(set), number).Scan(&at); err != nil {
+				if err := tx.QueryRow(ctx, appliedVersion, string(set)).Scan(&at); err != nil {
 					return err
 				}
 				if at >= m.Head(set) { // nothing to do needs no lock
 					from = max(from, at-len(applied))
 					return nil
 				}
-				if err := tx.LockOperation(ctx, number, m.lockWait); err != nil {
+				if err := tx.LockOperation(ctx, 0, m.lockWait); err != nil {
 					return err
 				}
 				// Somebody else may have applied it while we waited for the lock.
-				if err := tx.QueryRow(ctx, appliedVersion, string(set), number).Scan(&at); err != nil {
+				if err := tx.QueryRow(ctx, appliedVersion, string(set)).Scan(&at); err != nil {
 					return err
 				}
 				if from < 0 {
@@ -205,46 +215,38 @@ func (m *Migrator) apply(ctx context.Context, group string, set Set, number int3
 				if at >= m.Head(set) {
 					return nil
 				}
-				checked := []Set{GroupSet, SharedSet}
-				if set == TenantSet {
-					checked = []Set{TenantSet}
-				}
-				if _, err := m.readHeads(ctx, tx, contentsQuery, nil, checked, func(Behind) {}); err != nil {
+				if _, err := m.readHeads(ctx, tx, contentsQuery, nil, []Set{GroupSet, SharedSet}, func(Behind) {}); err != nil {
 					return err
 				}
 				next := m.sets[set][at]
 				if err := prepare(tx); err != nil {
 					return err
 				}
-				if err := m.step(ctx, tx, set, number, next); err != nil {
+				if err := m.step(ctx, tx, set, next); err != nil {
 					return err
 				}
 				step = &next
 				return nil
 			})
 		})
-		if err != nil {
+		if err != nil || step == nil {
 			return max(from, 0), applied, err
-		}
-		if err := failpoint.Hit("migrate.after"); err != nil {
-			return max(from, 0), applied, err
-		}
-		if step == nil {
-			return max(from, 0), applied, nil
 		}
 		applied = append(applied, *step)
 	}
 }
 
 // step runs one file and writes its ledger row, in the transaction that it is given.
-func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, number int32, f File) error {
+func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, f File) error {
 	start := time.Now()
 	before, err := Transaction(ctx, tx)
 	if err != nil {
 		return err
 	}
-	if err := tx.Script(ctx, f.Up); err != nil {
-		return failed(err, f)
+	sc := script{}
+	sc.add(f, f.Up, f.steps)
+	if done, err := tx.Run(ctx, sc.text()); err != nil {
+		return sc.failed(err, done)
 	}
 	after, err := Transaction(ctx, tx)
 	if err != nil {
@@ -253,15 +255,7 @@ func (m *Migrator) step(ctx context.Context, tx *postgres.OwnerTx, set Set, numb
 	if err := SameTransaction(before, after); err != nil {
 		return fmt.Errorf("migration %s: %w", f, err)
 	}
-	if err := failpoint.Hit("migrate.applied"); err != nil {
-		return err
-	}
-	if err := Record(ctx, tx, set, number, []File{f}, time.Since(start)); err != nil || set != TenantSet {
-		return err
-	}
-	const move = `update public.placements set version = $2, updated_at = now() where number = $1`
-	_, err = tx.Exec(ctx, move, number, f.Version)
-	return err
+	return Record(ctx, tx, set, 0, []File{f}, time.Since(start))
 }
 
 // Transaction is the number of the transaction at work, which changes when a script ends it.
@@ -289,42 +283,6 @@ select $1, $2, v, n, c, $6 from unnest($3::int4[], $4::text[], $5::bytea[]) as f
 	}
 	_, err := q.Exec(ctx, insert, string(set), number, versions, names, sums, int32(took.Milliseconds()))
 	return err
-}
-
-// failed says which migration and which statement failed.
-func failed(err error, f File) error {
-	var pe *pgconn.PgError
-	line := 0
-	if errors.As(err, &pe) && pe.Position > 0 {
-		line = 1 + strings.Count(string([]rune(f.Up)[:min(int(pe.Position)-1, len([]rune(f.Up)))]), "\n")
-	}
-	if pe == nil || strings.HasPrefix(pe.Code, "55P03") || strings.HasPrefix(pe.Code, "40P01") || pe.Code == "57P01" {
-		return fmt.Errorf("migration %s: %w", f, err)
-	}
-	where := ""
-	if line > 0 {
-		where = fmt.Sprintf(" in line %d", line)
-	}
-	return fault.Wrap(err, fault.Unfit, "migration %s failed%s (SQLSTATE %s); the schema stays as it was", f, where, pe.Code).
-		WithCode("migration_failed").WithHint("mend the data or the file, then run the same command again")
-}
-
-// retryLocks runs fn again, a few times, when a lock was not to be had or PostgreSQL broke a deadlock.
-func (m *Migrator) retryLocks(ctx context.Context, fn func() error) error {
-	for attempt := 0; ; attempt++ {
-		err := fn()
-		code := postgres.SQLState(err)
-		if attempt >= 4 || ctx.Err() != nil || code != "55P03" && code != "40P01" {
-			return err
-		}
-		timer := time.NewTimer(time.Duration(50<<attempt) * time.Millisecond)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return err
-		}
-	}
 }
 
 // Behind is a placement that lacks migrations.

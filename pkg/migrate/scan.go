@@ -10,73 +10,193 @@ var transactionControl = map[string]bool{
 	"begin": true, "start": true, "commit": true, "end": true, "rollback": true, "abort": true, "savepoint": true, "release": true,
 }
 
+// tokenKind is what a token of SQL is, as far as the end of a statement depends on it.
+type tokenKind int
+
+const (
+	space     tokenKind = iota // white space and comments
+	word                       // a key word or an unquoted name
+	name                       // a quoted name
+	literal                    // in quotes or dollar quotes
+	parameter                  // $1
+	mark                       // any other character
+)
+
+type token struct {
+	kind       tokenKind
+	start, end int
+	// open: the text ends before the quote or comment does.
+	open bool
+}
+
+// next reads the token that begins at i, by PostgreSQL's rules with standard-conforming strings.
+func next(sql string, i int) token {
+	t := token{kind: mark, start: i, end: i + 1}
+	switch c := sql[i]; {
+	case c == '\'':
+		t.kind = literal
+		t.end, t.open = skipQuoted(sql, i, false)
+	case c == '"':
+		t.kind = name
+		t.end, t.open = skipQuoted(sql, i, false)
+	case strings.HasPrefix(sql[i:], "--"):
+		t.kind = space
+		t.end, _ = skipTo(sql, i, "\n")
+	case strings.HasPrefix(sql[i:], "/*"):
+		t.kind = space
+		t.end, t.open = skipComment(sql, i)
+	case isSpace(c):
+		t.kind = space
+		for t.end < len(sql) && isSpace(sql[t.end]) {
+			t.end++
+		}
+	case c == '$':
+		t.kind, t.end, t.open = skipDollar(sql, i)
+	case isWordStart(c):
+		t.kind = word
+		for t.end < len(sql) && isWord(sql[t.end]) {
+			t.end++
+		}
+		if t.end == i+1 && t.end < len(sql) && sql[t.end] == '\'' && strings.IndexByte("eEbBxXnN", c) >= 0 {
+			t.kind = literal
+			t.end, t.open = skipQuoted(sql, t.end, c == 'e' || c == 'E')
+		}
+	}
+	return t
+}
+
+// routine tells a semicolon that ends a statement from one in the body of an SQL function in the standard's form (begin
+// atomic ...; ...; end). psql counts the same way.
+type routine struct {
+	first  []string // the statement's first four words; a literal or a quoted name counts as an empty one
+	parens int
+	depth  int
+}
+
+// see takes note of a token that is not space.
+func (r *routine) see(sql string, t token) {
+	switch {
+	case t.kind == literal || t.kind == name:
+		r.first = append(r.first, "")
+	case t.kind == mark && sql[t.start] == '(':
+		r.parens++
+	case t.kind == mark && sql[t.start] == ')':
+		r.parens = max(r.parens-1, 0)
+	case t.kind == word:
+		w := strings.ToLower(sql[t.start:t.end])
+		if len(r.first) < 4 {
+			r.first = append(r.first, w)
+		}
+		if r.parens == 0 && makesRoutine(r.first) {
+			switch {
+			case w == "begin", w == "case" && r.depth > 0:
+				r.depth++
+			case w == "end" && r.depth > 0:
+				r.depth--
+			}
+		}
+	}
+}
+
+func (r *routine) reset() { r.first, r.parens, r.depth = r.first[:0], 0, 0 }
+
 // controlIn finds the first statement of a script that is transaction control: its words and the line it stands on. A
 // step is one transaction together with its ledger row; a script that ends it leaves half of itself behind when the
 // rest fails. What stands in quotes, dollar quotes, comments and the body of an SQL function is no such statement.
 func controlIn(sql string) (words string, line int, found bool) {
-	var first []string // the statement's first four words
-	var at int         // where its first word stands
-	parens, depth := 0, 0
+	var r routine
+	at := 0 // where the statement's first word stands
 	for i := 0; i < len(sql); {
-		switch c := sql[i]; {
-		case c == '\'':
-			i = skipQuoted(sql, i, false)
-			first = append(first, "") // a literal ends the run of words
-		case c == '"':
-			i = skipQuoted(sql, i, false)
-			first = append(first, "")
-		case strings.HasPrefix(sql[i:], "--"):
-			i = skipTo(sql, i, "\n")
-		case strings.HasPrefix(sql[i:], "/*"):
-			i = skipComment(sql, i)
-		case c == '$':
-			i = skipDollar(sql, i)
-		case c == '(':
-			parens++
-			i++
-		case c == ')':
-			parens = max(parens-1, 0)
-			i++
-		case c == ';':
-			i++
-			if depth == 0 {
-				first, parens = first[:0], 0
+		t := next(sql, i)
+		i = t.end
+		if t.kind == space {
+			continue
+		}
+		if t.kind == mark && sql[t.start] == ';' {
+			if r.depth == 0 {
+				r.reset()
 			}
-		case isWordStart(c):
-			start := i
-			for i < len(sql) && isWord(sql[i]) {
-				i++
-			}
-			word := strings.ToLower(sql[start:i])
-			if i < len(sql) && sql[i] == '\'' && (word == "e" || word == "b" || word == "x" || word == "n") {
-				i = skipQuoted(sql, i, word == "e")
-				first = append(first, "")
-				continue
-			}
-			if len(first) == 0 {
-				at = start
-			}
-			if len(first) < 4 {
-				first = append(first, word)
-				if transactionControl[first[0]] || len(first) == 2 && first[0] == "prepare" && word == "transaction" {
-					return strings.Join(first, " "), 1 + strings.Count(sql[:at], "\n"), true
-				}
-			}
-			// The body of an SQL function in the standard's form: begin atomic ...; ...; end. psql counts the same way.
-			if parens == 0 && makesRoutine(first) {
-				switch {
-				case word == "begin", word == "case" && depth > 0:
-					depth++
-				case word == "end" && depth > 0:
-					depth--
-				}
-			}
-		default:
-			i++
+			continue
+		}
+		if len(r.first) == 0 {
+			at = t.start
+		}
+		before := len(r.first)
+		r.see(sql, t)
+		if t.kind != word || len(r.first) == before {
+			continue
+		}
+		if transactionControl[r.first[0]] || len(r.first) == 2 && r.first[0] == "prepare" && r.first[1] == "transaction" {
+			return strings.Join(r.first, " "), lineAt(sql, at), true
 		}
 	}
 	return "", 0, false
 }
+
+// statement is one statement of a script.
+type statement struct {
+	text  string // with what stands before it, and its semicolon: the texts of all of them are the script
+	start int    // of text, in the script
+	line  int    // of its first word, counting from 1
+	blank bool   // nothing but space and comments
+}
+
+// split cuts a script into its statements, where psql would. The last one is blank when only space is left. openLine
+// is the line of a quote or comment that does not end; 0: all of them do.
+func split(sql string) (all []statement, openLine int) {
+	var r routine
+	from, at := 0, -1
+	end := func(to int) {
+		s := statement{text: sql[from:to], start: from, blank: at < 0}
+		if at < 0 {
+			at = from
+		}
+		s.line = lineAt(sql, at)
+		all = append(all, s)
+		from, at = to, -1
+		r.reset()
+	}
+	for i := 0; i < len(sql); {
+		t := next(sql, i)
+		i = t.end
+		if t.open && openLine == 0 {
+			openLine = lineAt(sql, t.start)
+		}
+		if t.kind == space {
+			continue
+		}
+		if t.kind == mark && sql[t.start] == ';' && r.depth == 0 && r.parens == 0 {
+			end(t.end)
+			continue
+		}
+		if at < 0 {
+			at = t.start
+		}
+		r.see(sql, t)
+	}
+	if from < len(sql) {
+		end(len(sql))
+	}
+	return all, openLine
+}
+
+// tokens are a statement's, without space and the semicolon at its end.
+func tokens(sql string) []token {
+	var all []token
+	for i := 0; i < len(sql); {
+		t := next(sql, i)
+		i = t.end
+		if t.kind != space {
+			all = append(all, t)
+		}
+	}
+	if n := len(all); n > 0 && sql[all[n-1].start] == ';' {
+		all = all[:n-1]
+	}
+	return all
+}
+
+func lineAt(sql string, i int) int { return 1 + strings.Count(sql[:i], "\n") }
 
 // makesRoutine reports whether a statement's first words are create [or replace] function or procedure.
 func makesRoutine(first []string) bool {
@@ -90,14 +210,20 @@ func makesRoutine(first []string) bool {
 	return what == "function" || what == "procedure"
 }
 
+func isSpace(c byte) bool {
+	return c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\f' || c == '\v'
+}
+
 func isWordStart(c byte) bool {
 	return c == '_' || c >= 0x80 || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
 }
 
-func isWord(c byte) bool { return isWordStart(c) || c >= '0' && c <= '9' || c == '$' }
+func isDigit(c byte) bool { return c >= '0' && c <= '9' }
+
+func isWord(c byte) bool { return isWordStart(c) || isDigit(c) || c == '$' }
 
 // skipQuoted returns the place behind a literal or quoted name that begins at i; a doubled quote belongs to it.
-func skipQuoted(sql string, i int, escapes bool) int {
+func skipQuoted(sql string, i int, escapes bool) (end int, open bool) {
 	quote := sql[i]
 	for i++; i < len(sql); i++ {
 		switch {
@@ -106,21 +232,21 @@ func skipQuoted(sql string, i int, escapes bool) int {
 		case sql[i] == quote && i+1 < len(sql) && sql[i+1] == quote:
 			i++
 		case sql[i] == quote:
-			return i + 1
+			return i + 1, false
 		}
 	}
-	return len(sql)
+	return len(sql), true
 }
 
-func skipTo(sql string, i int, end string) int {
+func skipTo(sql string, i int, end string) (int, bool) {
 	if n := strings.Index(sql[i:], end); n >= 0 {
-		return i + n + len(end)
+		return i + n + len(end), false
 	}
-	return len(sql)
+	return len(sql), true
 }
 
 // skipComment returns the place behind a comment that begins at i. They nest.
-func skipComment(sql string, i int) int {
+func skipComment(sql string, i int) (end int, open bool) {
 	for depth := 0; i < len(sql); {
 		switch {
 		case strings.HasPrefix(sql[i:], "/*"):
@@ -130,23 +256,30 @@ func skipComment(sql string, i int) int {
 			depth--
 			i += 2
 			if depth == 0 {
-				return i
+				return i, false
 			}
 		default:
 			i++
 		}
 	}
-	return len(sql)
+	return len(sql), true
 }
 
-// skipDollar returns the place behind a dollar-quoted literal that begins at i, or behind a dollar that begins none.
-func skipDollar(sql string, i int) int {
+// skipDollar reads what a dollar begins at i: a dollar-quoted literal, a parameter, or nothing but itself.
+func skipDollar(sql string, i int) (kind tokenKind, end int, open bool) {
 	j := i + 1
+	if j < len(sql) && isDigit(sql[j]) {
+		for j < len(sql) && isDigit(sql[j]) {
+			j++
+		}
+		return parameter, j, false
+	}
 	for j < len(sql) && isWord(sql[j]) && sql[j] != '$' {
 		j++
 	}
-	if j >= len(sql) || sql[j] != '$' || j > i+1 && !isWordStart(sql[i+1]) {
-		return i + 1
+	if j >= len(sql) || sql[j] != '$' {
+		return mark, i + 1, false
 	}
-	return skipTo(sql, j+1, sql[i:j+1])
+	end, open = skipTo(sql, j+1, sql[i:j+1])
+	return literal, end, open
 }

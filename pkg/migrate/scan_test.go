@@ -71,9 +71,9 @@ func TestLeavingTheTransactionIsFound(t *testing.T) {
 	a := create(t, provisioner(t, env.DB, with(t, env.DB, fs)), "acme")
 	_, err := pgtest.Admin(t, env.AdminURL).Exec(ctx, `do $$ begin execute format('alter database %I set standard_conforming_strings to off', current_database()); end $$`)
 	require.NoError(t, err)
-	fs["0002_b.up.sql"] = &fstest.MapFile{Data: []byte(`set local escape_string_warning to off; create table b (id int); select 'a\', ' ; commit; begin; select ' '`)}
+	fs["0002_b.up.sql"] = &fstest.MapFile{Data: []byte(`set local escape_string_warning to off; create table b (id int); select 'a\', ' ; commit; begin; select 1 -- '`)}
 	db, _, _ := env.Open(t)
-	_, err = with(t, db, fs).Tenant(ctx, a)
+	_, err = with(t, db, fs).Tenant(ctx, a, migrate.TenantOptions{})
 	requireFault(t, err, fault.Invalid, "transaction_control")
 	_, err = provisioner(t, db, with(t, db, fs)).Create(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, "globex"), Actor: "test"})
 	requireFault(t, err, fault.Invalid, "transaction_control")

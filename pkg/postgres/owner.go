@@ -23,8 +23,37 @@ type OwnerTx struct {
 
 var _ Querier = (*OwnerTx)(nil)
 
+// OwnerOptions bounds a transaction of the owner.
+type OwnerOptions struct {
+	LockTimeout      time.Duration // for each lock; 0: the database's
+	StatementTimeout time.Duration // for each statement; 0: none
+}
+
 // AsOwner runs fn in one transaction of the owner in a group's database, and commits only if fn returned nil.
 func (db *DB) AsOwner(ctx context.Context, groupName string, fn func(*OwnerTx) error) error {
+	begin := `begin; set local search_path to ''; set local lock_timeout to ` + ms(db.opts.LockTimeout)
+	return db.asOwner(ctx, groupName, begin, fn)
+}
+
+// AsOwnerWithin is AsOwner with bounds of its own. A process that stands still in the midst of it loses the transaction.
+func (db *DB) AsOwnerWithin(ctx context.Context, groupName string, o OwnerOptions, fn func(*OwnerTx) error) error {
+	if o.LockTimeout == 0 {
+		o.LockTimeout = db.opts.LockTimeout
+	}
+	begin := fmt.Sprintf("begin; set local search_path to ''; set local lock_timeout to %s; set local statement_timeout to %s; set local idle_in_transaction_session_timeout to %s",
+		ms(o.LockTimeout), bound(o.StatementTimeout), ms(db.opts.IdleInTransactionTimeout))
+	return db.asOwner(ctx, groupName, begin, fn)
+}
+
+// bound is a timeout as PostgreSQL reads it; 0: none.
+func bound(d time.Duration) string {
+	if d == 0 {
+		return "0"
+	}
+	return ms(d)
+}
+
+func (db *DB) asOwner(ctx context.Context, groupName, begin string, fn func(*OwnerTx) error) error {
 	g, err := db.group(groupName)
 	if err != nil {
 		return err
@@ -39,7 +68,6 @@ func (db *DB) AsOwner(ctx context.Context, groupName string, fn func(*OwnerTx) e
 		if err != nil {
 			return err
 		}
-		begin := fmt.Sprintf(`begin; set local search_path to ''; set local lock_timeout to %s`, ms(g.opts.LockTimeout))
 		if err := c.Conn().PgConn().Exec(ctx, begin).Close(); err != nil {
 			if c.Conn().PgConn().TxStatus() != 'I' {
 				closeConn(c)
@@ -127,6 +155,17 @@ func (tx *OwnerTx) Script(ctx context.Context, sql string) error {
 	return tx.conn.Conn().PgConn().Exec(ctx, sql).Close()
 }
 
+// Run is Script, and tells how many of the statements were carried out.
+func (tx *OwnerTx) Run(ctx context.Context, sql string) (done int, err error) {
+	results := tx.conn.Conn().PgConn().Exec(ctx, sql)
+	for results.NextResult() {
+		if _, err := results.ResultReader().Close(); err == nil {
+			done++
+		}
+	}
+	return done, results.Close()
+}
+
 // Bind sets the search path to the schema, ext and pg_temp until the transaction ends.
 func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
 	if s.IsZero() {
@@ -138,17 +177,31 @@ func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
 
 // BindPlaced is Bind for the schema in which the tenant's placement says that it stands. NotFound: nowhere here.
 func (tx *OwnerTx) BindPlaced(ctx context.Context, number int32) error {
+	return tx.BindPlacedWith(ctx, number, &pgx.Batch{})
+}
+
+// BindPlacedWith sends statements and then BindPlaced, in one round trip. What the statements are to be asked is queued
+// with them (pgx.QueuedQuery); each sees what was committed when its turn came.
+func (tx *OwnerTx) BindPlacedWith(ctx context.Context, number int32, b *pgx.Batch) error {
 	const bindPlaced = `select pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true)
 from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
-	tag, err := tx.conn.Conn().Exec(ctx, bindPlaced, number)
-	if err != nil {
+	there := false
+	b.Queue(bindPlaced, number).Exec(func(tag pgconn.CommandTag) error {
+		there = tag.RowsAffected() == 1
+		return nil
+	})
+	tx.countBind()
+	if err := tx.conn.Conn().SendBatch(ctx, b).Close(); err != nil {
 		return err
 	}
-	if tag.RowsAffected() != 1 {
-		return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
+	if !there {
+		return schemaMissing()
 	}
-	tx.countBind()
 	return nil
+}
+
+func schemaMissing() error {
+	return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
 }
 
 // LockGate takes the tenant's gate exclusively until the transaction ends: it waits for the bound transactions in
@@ -174,15 +227,25 @@ func (tx *OwnerTx) ShareGate(ctx context.Context, number int32) error {
 // waits: whoever wants the lock polls.
 func (tx *OwnerTx) TryOperationLock(ctx context.Context, number int32) (bool, error) {
 	var got bool
-	err := tx.conn.Conn().QueryRow(ctx, `select pg_catalog.pg_try_advisory_xact_lock($1::int4, $2::int4)`, lockOperation, number).Scan(&got)
+	err := tx.conn.Conn().QueryRow(ctx, `select pg_catalog.pg_try_advisory_xact_lock($1::int4, $2::int4)`, OperationLock, number).Scan(&got)
 	return got, err
 }
 
 // LockOperation polls for the tenant's operation lock for as long as wait. The fault is Locked.
 func (tx *OwnerTx) LockOperation(ctx context.Context, number int32, wait time.Duration) error {
+	return pollOperation(ctx, wait, func() (bool, error) { return tx.TryOperationLock(ctx, number) })
+}
+
+// OperationBusy says that the operation lock of a tenant was not to be had.
+func OperationBusy() error {
+	return fault.New(fault.Locked, "another operation is at work on this tenant").WithCode("operation_running").
+		WithRetry(time.Second).WithHint("wait until it is done, then run the command again")
+}
+
+func pollOperation(ctx context.Context, wait time.Duration, try func() (bool, error)) error {
 	deadline := time.Now().Add(wait)
 	for attempt := 0; ; attempt++ {
-		got, err := tx.TryOperationLock(ctx, number)
+		got, err := try()
 		if err != nil || got {
 			return err
 		}
@@ -190,8 +253,7 @@ func (tx *OwnerTx) LockOperation(ctx context.Context, number int32, wait time.Du
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			return fault.New(fault.Locked, "another operation is at work on this tenant").WithCode("operation_running").
-				WithRetry(time.Second).WithHint("wait until it is done, then run the command again")
+			return OperationBusy()
 		}
 	}
 }

@@ -119,7 +119,7 @@ func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner,
 	case "migrate":
 		var t tenant.Tenant
 		if t, err = find(ctx, db, acme.String()); err == nil {
-			_, err = m.Tenant(ctx, t)
+			_, err = m.Tenant(ctx, t, migrate.TenantOptions{})
 		}
 	default:
 		err = fmt.Errorf("no operation %q", k.Operation)

@@ -415,11 +415,11 @@ func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst post
 	// Default privileges before the tables: a grant on all tables afterwards would scan all of pg_class.
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant select, insert, update, delete on tables to %s;\n", qschema, qrole)
 	fmt.Fprintf(&b, "alter default privileges in schema %s grant usage, select on sequences to %s;\n", qschema, qrole)
-	b.WriteString(p.o.Migrate.CreationScript())
+	head, after := p.o.Migrate.Head(migrate.TenantSet), ""
 	if inside == nil {
-		b.WriteString(emptyPath)
+		after = emptyPath
 	}
-	if err := tx.Script(ctx, b.String()); err != nil {
+	if err := p.o.Migrate.Create(ctx, tx, at.schema, head, b.String(), after); err != nil {
 		return err
 	}
 	if inside != nil {
@@ -430,14 +430,14 @@ func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst post
 			return err
 		}
 	}
-	var after string
-	const place = `insert into public.placements (number, schema, role, namespace, state, version)
-values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), $5, $4)
+	var ended string
+	const place = `insert into public.placements (number, schema, role, namespace, state, version, reader)
+values ($1, $2, $3, (select oid from pg_catalog.pg_namespace where nspname = $2::text), $6, $4, $5)
 returning pg_catalog.pg_current_xact_id()::text`
-	if err := tx.QueryRow(ctx, place, at.number, at.schema.String(), role, p.o.Migrate.Head(migrate.TenantSet), at.state).Scan(&after); err != nil {
+	if err := tx.QueryRow(ctx, place, at.number, at.schema.String(), role, head, p.o.Migrate.Reader(head), at.state).Scan(&ended); err != nil {
 		return err
 	}
-	if err := migrate.SameTransaction(before, after); err != nil {
+	if err := migrate.SameTransaction(before, ended); err != nil {
 		return err
 	}
 	return migrate.Record(ctx, tx, migrate.TenantSet, at.number, p.o.Migrate.Files(migrate.TenantSet), time.Since(start))

@@ -1,0 +1,423 @@
+package migrate
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// TenantOptions says how one tenant is migrated. The zero value brings it to the head.
+type TenantOptions struct {
+	// Target is the version to reach, up only; 0: the head. A tenant that is there or further needs nothing.
+	Target int
+	// Rehearse runs everything in one transaction and rolls it back. The fault is Invalid, and names the step, when
+	// one that is needed cannot be part of a transaction.
+	Rehearse         bool
+	LockTimeout      time.Duration // for each lock; 0: the database's
+	StatementTimeout time.Duration // for each statement; 0: none
+	LockWait         time.Duration // for another operation on the same tenant; 0: the Migrator's
+	Throttle         time.Duration // pause between the batches of a data migration
+	// Progress is called after each step, statement and batch that is more than part of a transaction, by the
+	// goroutine that called Tenant; may be nil.
+	Progress func(Progress)
+}
+
+// Progress is how far a migration of one tenant is that is more than one transaction.
+type Progress struct {
+	File       File
+	Statements int   // of a file without a transaction: done
+	Of         int   // its statements
+	Batches    int64 // of a data migration, over all attempts
+	Rows       int64 // that they changed
+}
+
+// Tenant brings one tenant up to its target. It may be suspended, and need not be in the registry; it must have a
+// placement. Its consecutive steps are one transaction where they can be: after a failure the tenant is at the version
+// that Result.To says, and nothing of what came later is left, except in a file without a transaction and in a data
+// migration, which go on where they stopped.
+//
+// The fault is Locked when the tenant is busy: another operation is at work on it, or others hold locks that the steps
+// need; Conflict when a file was changed after it had been applied to this tenant; Unfit (migration_failed) when a
+// statement failed, with its place; NotFound when the schema is not where the placement says; Unavailable when the
+// database is.
+func (m *Migrator) Tenant(ctx context.Context, t tenant.Tenant, o TenantOptions) (Result, error) {
+	target, err := m.target(o.Target)
+	if err != nil {
+		return Result{}, err
+	}
+	w := m.work(t, o, target)
+	return w.end(ctx, w.up(ctx))
+}
+
+// target is the version that is meant; 0: the head.
+func (m *Migrator) target(version int) (int, error) {
+	head := m.Head(TenantSet)
+	switch {
+	case version == 0:
+		return head, nil
+	case version < 0 || version > head:
+		return 0, outOfRange(version, head)
+	}
+	return version, nil
+}
+
+func outOfRange(version, head int) error {
+	return fault.New(fault.Invalid, "there is no version %d: the tenant migrations go from 1 to %d", version, head).WithCode("target_out_of_range")
+}
+
+// work is the migration of one tenant.
+type work struct {
+	m      *Migrator
+	t      tenant.Tenant
+	o      TenantOptions
+	target int
+	start  time.Time
+	known  bool // res.From is
+	res    Result
+}
+
+func (m *Migrator) work(t tenant.Tenant, o TenantOptions, target int) *work {
+	if o.LockTimeout == 0 {
+		o.LockTimeout = m.db.LockTimeout()
+	}
+	if o.LockWait == 0 {
+		o.LockWait = m.lockWait
+	}
+	if o.Progress == nil {
+		o.Progress = func(Progress) {}
+	}
+	return &work{m: m, t: t, o: o, target: target, start: time.Now()}
+}
+
+// end completes the result, and says in a failure where the tenant is.
+func (w *work) end(ctx context.Context, err error) (Result, error) {
+	w.res.Duration = time.Since(w.start)
+	if err == nil {
+		return w.res, nil
+	}
+	if ctx.Err() != nil && postgres.SQLState(err) == "57014" { // cancelled, not too slow
+		return w.res, fmt.Errorf("migrate: %w", ctx.Err())
+	}
+	var f *fault.Fault
+	if errors.As(err, &f) {
+		if f.Tenant == "" {
+			f.Tenant = w.t.Slug.String()
+		}
+		if f.Code == codeFailed && w.known {
+			f.Message += fmt.Sprintf("; the tenant is at version %d", w.res.To)
+		}
+	}
+	return w.res, err
+}
+
+// reached notes at which version the tenant is.
+func (w *work) reached(version int) {
+	if !w.known {
+		w.known, w.res.From = true, version
+	}
+	w.res.To = version
+}
+
+// standing is what is known of a tenant in the transaction that holds its operation lock.
+type standing struct {
+	head   int // its newest ledger row
+	beside bool
+	got    *bool // the operation lock; nil: not asked for
+	rows   int
+	sum    []byte // of the checksums of its ledger rows
+	xid    string
+}
+
+// span is the versions at which work has to be done; at others it takes no lock.
+type span struct{ from, to int }
+
+var errBusy = errors.New("the operation lock is held")
+
+// enter runs fn in a transaction that holds the operation lock and is bound to the tenant, when the tenant's version is
+// within the span, or, with beside, when a data migration beside others is open. Otherwise fn is not called, and no lock
+// is taken. It waits for the lock outside of any transaction.
+func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postgres.OwnerTx, standing) error) (called bool, err error) {
+	deadline := time.Now().Add(w.o.LockWait)
+	for attempt := 0; ; attempt++ {
+		err := w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
+			called = false
+			bounds := postgres.OwnerOptions{LockTimeout: w.o.LockTimeout, StatementTimeout: w.o.StatementTimeout}
+			return w.m.db.AsOwnerWithin(ctx, w.t.Group, bounds, func(tx *postgres.OwnerTx) error {
+				st, err := w.stand(ctx, tx, need, beside)
+				if err != nil {
+					return err
+				}
+				w.reached(st.head)
+				switch {
+				case st.got == nil:
+					return nil
+				case !*st.got:
+					return errBusy
+				}
+				if err := w.m.sameApplied(ctx, tx, w.t.Number, st); err != nil {
+					return err
+				}
+				called = true
+				return fn(tx, st)
+			})
+		})
+		if !errors.Is(err, errBusy) {
+			return called, err
+		}
+		if time.Now().After(deadline) {
+			return false, postgres.OperationBusy()
+		}
+		if !rest(ctx, min(5*time.Millisecond<<min(attempt, 6), 250*time.Millisecond)) {
+			return false, ctx.Err()
+		}
+	}
+}
+
+const (
+	// The lock is tried first, by a statement of its own: what the next one reads is not older than the lock.
+	tryLock = `select l.head, l.beside, case when l.head between $2 and $3 or $4 and l.beside then pg_catalog.pg_try_advisory_xact_lock($5::int4, $1::int4) end
+from (select coalesce((select max(version) from public.ledger where set = 'tenant' and tenant = $1), 0) as head,
+	exists (select from public.progress where tenant = $1 and beside) as beside) l`
+	applied = `select count(*), coalesce(max(version), 0), pg_catalog.sha256(coalesce(string_agg(checksum, ''::bytea order by version), ''::bytea)),
+	exists (select from public.progress where tenant = $1 and beside)
+from public.ledger where set = 'tenant' and tenant = $1`
+	current = `select pg_catalog.pg_current_xact_id()::text`
+)
+
+// stand tries the lock, reads where the tenant is and binds to it, in one round trip.
+func (w *work) stand(ctx context.Context, tx *postgres.OwnerTx, need span, beside bool) (st standing, err error) {
+	b := &pgx.Batch{}
+	var before standing
+	b.Queue(tryLock, w.t.Number, need.from, need.to, beside, postgres.OperationLock).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&before.head, &before.beside, &before.got)
+	})
+	b.Queue(applied, w.t.Number).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&st.rows, &st.head, &st.sum, &st.beside)
+	})
+	b.Queue(current).QueryRow(func(row pgx.Row) error { return row.Scan(&st.xid) })
+	if err := tx.BindPlacedWith(ctx, w.t.Number, b); err != nil {
+		return st, err
+	}
+	// While the lock was tried somebody else may have finished: then there is nothing to do after all.
+	if before.got != nil && *before.got && (st.head < need.from || st.head > need.to) && !(beside && st.beside) {
+		return st, nil
+	}
+	st.got = before.got
+	return st, nil
+}
+
+// sameApplied refuses to go on from files that differ from what was applied to this tenant.
+func (m *Migrator) sameApplied(ctx context.Context, q postgres.Querier, number int32, st standing) error {
+	files := m.sets[TenantSet]
+	if st.rows == st.head && st.head <= len(files) {
+		sum := sha256.New()
+		for _, f := range files[:st.head] {
+			sum.Write(f.Checksum[:])
+		}
+		if string(sum.Sum(nil)) == string(st.sum) {
+			return nil
+		}
+	}
+	rows, err := q.Query(ctx, `select version, checksum from public.ledger where set = 'tenant' and tenant = $1 order by version`, number)
+	if err != nil {
+		return err
+	}
+	expected, version := 1, 0
+	var sum []byte
+	_, err = pgx.ForEachRow(rows, []any{&version, &sum}, func() error {
+		if version != expected {
+			return fault.New(fault.Conflict, "the ledger lacks version %d of this tenant", expected).WithCode("ledger_gap").
+				WithHint("somebody has changed public.ledger by hand: put the row back")
+		}
+		expected++
+		return m.sameContent(TenantSet, version, sum)
+	})
+	return err
+}
+
+// up takes the tenant to the target, chunk by chunk.
+func (w *work) up(ctx context.Context) error {
+	for {
+		if err := failpoint.Hit("migrate.before"); err != nil {
+			return err
+		}
+		var did []File
+		var alone *File
+		called, err := w.enter(ctx, span{0, w.target - 1}, false, func(tx *postgres.OwnerTx, st standing) (err error) {
+			did, alone, err = w.chunk(ctx, tx, st)
+			return err
+		})
+		rehearsed := errors.Is(err, errRehearsed)
+		switch {
+		case err != nil && !rehearsed:
+			return err
+		case !called && w.o.Rehearse:
+			return nil
+		case !called:
+			return w.besides(ctx)
+		case alone == nil:
+			w.applied(did...)
+		case alone.Kind == NoTransaction:
+			err = w.statements(ctx, *alone)
+		default:
+			err = w.data(ctx, *alone)
+		}
+		if rehearsed {
+			return nil
+		}
+		if err == nil {
+			err = failpoint.Hit("migrate.after")
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// applied notes what has been committed.
+func (w *work) applied(files ...File) {
+	w.res.Applied = append(w.res.Applied, files...)
+	w.reached(files[len(files)-1].Version)
+}
+
+// errRehearsed rolls a rehearsal back.
+var errRehearsed = errors.New("rehearsed")
+
+// chunk runs the steps that can be one transaction, up to the target or to one that stands by itself. When the next one
+// does, it is returned and nothing is done.
+func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (did []File, alone *File, err error) {
+	files := w.m.sets[TenantSet][st.head:w.target]
+	n := 0
+	for n < len(files) && !files[n].alone() {
+		n++
+	}
+	if w.o.Rehearse {
+		for _, f := range files {
+			if f.Kind == NoTransaction || f.Kind == Data {
+				return nil, nil, fault.New(fault.Invalid, "migration %s cannot be rehearsed: it is not one transaction", f).WithCode("not_transactional").
+					WithHint("rehearse the versions before it: --to %d", f.Version-1)
+			}
+		}
+	}
+	if n == 0 {
+		return nil, &files[0], nil
+	}
+	steps := make([]step, n)
+	for i, f := range files[:n] {
+		steps[i] = step{file: f}
+		switch {
+		case f.Kind == Data: // its batches come later
+		case f.code != nil:
+			steps[i].fn = f.code.Up
+		default:
+			steps[i].text, steps[i].parts = f.Up, f.steps
+		}
+	}
+	if err := w.run(ctx, tx, st.xid, steps, func(sc *script) { w.m.recordUp(sc, w.t.Number, files[:n], sinceBegin) }); err != nil {
+		return nil, nil, err
+	}
+	if err := failpoint.Hit("migrate.applied"); err != nil {
+		return nil, nil, err
+	}
+	if w.o.Rehearse {
+		return files, nil, errRehearsed
+	}
+	return files[:n], nil, nil
+}
+
+// step is what one step of a chunk consists of.
+type step struct {
+	file  File
+	text  string
+	parts []statement
+	fn    func(context.Context, *postgres.OwnerTx) error
+}
+
+// run carries out steps in the transaction: SQL that stands together as one script, and functions in between.
+// records adds the records, which are written in the same message as the last SQL, and only if the transaction is still the one
+// that it was.
+func (w *work) run(ctx context.Context, tx *postgres.OwnerTx, xid string, steps []step, records func(*script)) error {
+	sc := &script{}
+	for _, s := range steps {
+		if s.fn == nil {
+			if s.text != "" {
+				sc.add(s.file, s.text, s.parts)
+			}
+			continue
+		}
+		if len(sc.parts) > 0 {
+			if done, err := tx.Run(ctx, sc.text()); err != nil {
+				return sc.failed(err, done)
+			}
+			sc = &script{}
+		}
+		if err := guarded(s.file, func() error { return s.fn(ctx, tx) }); err != nil {
+			return funcFailed(err, s.file)
+		}
+	}
+	// A constraint that waits for the commit is looked at while it can still be told from a lost connection.
+	sc.then("set constraints all immediate")
+	sc.then("select ext.refuse('%s', 'ended') where pg_catalog.pg_current_xact_id()::pg_catalog.text <> '%s'", stateEnded, xid)
+	records(sc)
+	if done, err := tx.Run(ctx, sc.text()); err != nil {
+		return sc.failed(err, done)
+	}
+	return nil
+}
+
+// sinceBegin is when the work of a transaction began.
+const sinceBegin = "pg_catalog.now()"
+
+// recordUp adds the ledger rows of steps, what is to follow of those beside others, and the tenant's new place. All
+// values are numbers, checksums, and names that have none but a-z, 0-9 and _.
+func (m *Migrator) recordUp(sc *script, number int32, files []File, since string) {
+	var rows strings.Builder
+	for i, f := range files {
+		if i > 0 {
+			rows.WriteString(", ")
+		}
+		fmt.Fprintf(&rows, "('tenant', %d, %d, '%s', pg_catalog.decode('%s', 'hex'), least(extract(epoch from pg_catalog.clock_timestamp() - %s) * 1000, %d)::pg_catalog.int4)",
+			number, f.Version, f.Name, hex.EncodeToString(f.Checksum[:]), since, math.MaxInt32)
+	}
+	sc.then("insert into public.ledger (set, tenant, version, name, checksum, duration_ms) values %s", rows.String())
+	for _, f := range files {
+		if f.Kind == Data && f.Beside {
+			sc.then("insert into public.progress (tenant, version, checksum, beside) values (%d, %d, pg_catalog.decode('%s', 'hex'), true)",
+				number, f.Version, hex.EncodeToString(f.Checksum[:]))
+		}
+	}
+	version := files[len(files)-1].Version
+	sc.then("update public.placements set version = %d, reader = greatest(reader, %d), updated_at = pg_catalog.now() where number = %d", version, m.Reader(version), number)
+	tell(sc, number, version)
+}
+
+// tell adds the notice that a tenant's version has changed: servers refuse what they do not know.
+func tell(sc *script, number int32, version int) {
+	sc.then("select pg_catalog.pg_notify('oneo_versions', '%d %d')", number, version)
+}
+
+// funcFailed says which migration in Go failed. A fault of its own, and what may pass, keep what they say.
+func funcFailed(err error, f File) error {
+	var pe *pgconn.PgError
+	if errors.As(err, &pe) {
+		return stepFailed(err, pe, f, 0, 0)
+	}
+	var known *fault.Fault
+	if err = postgres.Fault(err); errors.As(err, &known) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	return fault.Wrap(err, fault.Unfit, "migration %s failed", f).WithCode(codeFailed).WithHint("mend the data or the function, then run the same command again")
+}
