@@ -14,10 +14,12 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
-// SQLSTATEs that the functions in ext raise for the binding.
+// SQLSTATEs that the functions in ext raise for the binding: the gate is held, the placement is not as the caller believed,
+// the version is outside of the range that is served.
 const (
 	stateGateHeld  = "ON001"
 	stateNotServed = "ON002"
+	stateVersion   = "ON003"
 )
 
 // Fault turns what PostgreSQL or the way to it answered into a fault by its SQLSTATE, once, at the driver's door.
@@ -65,6 +67,8 @@ func fromState(err error, pe *pgconn.PgError) error {
 				WithCode("tenant_suspended").WithRetry(30 * time.Second)
 		}
 		return fault.Wrap(err, fault.Gone, "this tenant has been removed").WithCode("tenant_gone")
+	case stateVersion:
+		return upgrading(err)
 	case "23505":
 		return fault.Wrap(err, fault.Conflict, "it exists already").WithCode("exists")
 	case "23503":
@@ -104,6 +108,15 @@ func fromState(err error, pe *pgconn.PgError) error {
 		return unavailable("database_unavailable", "PostgreSQL is not available at the moment")
 	}
 	return err
+}
+
+// Upgrading is the fault of a tenant whose version is outside of the range that this binary serves: kind Suspended, code
+// tenant_upgrading.
+func Upgrading() error { return upgrading(nil) }
+
+func upgrading(cause error) error {
+	return fault.Wrap(cause, fault.Suspended, "this tenant is being upgraded at the moment").
+		WithCode("tenant_upgrading").WithRetry(5 * time.Second)
 }
 
 // SQLState is the SQLSTATE in err's chain, or empty.

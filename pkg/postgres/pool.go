@@ -391,11 +391,15 @@ func retryLost(ctx context.Context, wait time.Duration, reset func(), fn func(co
 
 // pause waits a jittered moment that grows with the attempt; false when the deadline or the context ends first.
 func pause(ctx context.Context, deadline time.Time, attempt int) bool {
-	d := min(5*time.Millisecond<<min(attempt, 6), 250*time.Millisecond)
-	d = d/2 + rand.N(d)
-	if time.Now().Add(d).After(deadline) {
-		return false
-	}
+	d := jittered(min(5*time.Millisecond<<min(attempt, 6), 250*time.Millisecond))
+	return !time.Now().Add(d).After(deadline) && rest(ctx, d)
+}
+
+// jittered is a time about as long as d.
+func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+
+// rest waits; false when the context ends first.
+func rest(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/url"
 	"slices"
 	"strings"
@@ -55,6 +56,11 @@ type Group struct {
 	DirectURL string // as owner, past any pooler
 }
 
+// Range says which tenants a binary serves: those whose migrations have come at least to Min, which its code needs, and
+// which no migration has closed to readers below a version above Head, the newest that it knows. A tenant that is merely
+// newer is served: its migrations were made so that this code goes on working.
+type Range struct{ Min, Head int }
+
 // Options is everything that a DB can be told. Start from DefaultOptions.
 type Options struct {
 	Groups map[string]Group // by name; MainGroup must be there
@@ -77,6 +83,9 @@ type Options struct {
 	IdleInTransactionTimeout time.Duration
 	LockTimeout              time.Duration
 
+	// Serves is the range of versions that InTenant binds to.
+	Serves Range
+
 	Statements Statements
 	// HotStatements bounds the statement names kept per (tenant, statement) on each connection; 0 keeps none.
 	HotStatements int
@@ -94,7 +103,7 @@ func DefaultOptions() Options {
 		AppRole: "oneo_app", OwnerRole: "oneo_owner", Isolation: ByRole,
 		MaxConns: 32, SharedConns: 8, OwnerConns: 8,
 		ConnectTimeout: 5 * time.Second, AcquireTimeout: 2 * time.Second, StatementTimeout: 15 * time.Second,
-		IdleInTransactionTimeout: 30 * time.Second, LockTimeout: time.Second,
+		IdleInTransactionTimeout: 30 * time.Second, LockTimeout: time.Second, Serves: Range{Head: math.MaxInt32},
 		Statements: Prepared, HotStatements: 2048, BackendMemory: 512 << 20,
 		Logger: slog.New(slog.DiscardHandler),
 	}
@@ -123,6 +132,8 @@ func (o Options) validate() error {
 		return bad("isolation is %q; use role or schema", o.Isolation)
 	case o.Statements != Prepared && o.Statements != Unprepared:
 		return bad("statements is %q; use prepared or unprepared", o.Statements)
+	case o.Serves.Min < 0 || o.Serves.Head < o.Serves.Min || o.Serves.Head > math.MaxInt32:
+		return bad("Serves must be a range of versions, not %d to %d", o.Serves.Min, o.Serves.Head)
 	case o.AppRole == "" || o.OwnerRole == "":
 		return bad("AppRole and OwnerRole must be named")
 	case o.Logger == nil:

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
@@ -47,22 +48,23 @@ const (
 	sqlGate = `select case when pg_catalog.pg_try_advisory_xact_lock_shared(7302657, $1::int4) then 0 else ext.refuse('ON001', 'gate') end`
 
 	// Schema and role come from the placement itself, never from the caller: whoever holds an old Tenant is still bound
-	// to the right place, or to none. CASE keeps the order: nothing is set before the placement was found active. One
-	// column, because each one is described and sent with every binding. The verbs are statement_timeout, lock_timeout
-	// and idle_in_transaction_session_timeout.
-	formBind = `select coalesce((select case when p.state = 'active' then case when
+	// to the right place, or to none. CASE keeps the order: nothing is set before the placement was found active and
+	// its version in the range that this binary serves. One column, because each one is described and sent with every
+	// binding: the version. The verbs are the least and the greatest version, statement_timeout, lock_timeout and
+	// idle_in_transaction_session_timeout.
+	formBind = `select coalesce((select case when p.state = 'active' and p.version >= %d and p.reader <= %d then case when
 	pg_catalog.set_config('statement_timeout', '%s', true) is not null and
 	pg_catalog.set_config('lock_timeout', '%s', true) is not null and
 	pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true) is not null and
 	pg_catalog.set_config('transaction_read_only', $2, true) is not null and
 	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true) is not null and
 	pg_catalog.set_config('role', p.role, true) is not null
-	then 0 end else ext.refuse('ON002', p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
+	then p.version end else ext.refuse(case p.state when 'active' then 'ON003' else 'ON002' end, p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
 )
 
 // sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on.
 func (o *Options) sqlBind() string {
-	return fmt.Sprintf(formBind, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
+	return fmt.Sprintf(formBind, o.Serves.Min, o.Serves.Head, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
 }
 
 // Tx is a transaction bound to one tenant, or one on the shared tables. It runs plain reading and writing statements
@@ -74,19 +76,23 @@ type Tx struct {
 	tenant tenant.Tenant
 	access Access
 
+	bound time.Time        // when it was about to be; zero: it has not been
+	was   int32            // the tenant's version then
+	named bool             // the last statement went by a name that was prepared before
 	begun bool             // an explicit transaction is open
 	batch pgx.BatchResults // of a Single sent in one round trip
 	free  func()           // ends the bound of a Single's statement
 	used  bool             // the one statement of a Single has been sent
 	over  bool
-	err   error // what the statement's own reader may have swallowed
+	err   error // the first thing that PostgreSQL refused: the statement's own reader may have swallowed it
 }
 
 var _ Querier = (*Tx)(nil)
 
 // InTenant runs fn in a transaction bound to the tenant, and commits only if fn returned nil. The first round trip
 // takes the gate, checks the placement and binds; while the server is away or the gate is held for a moment it is
-// repeated for as long as AcquireTimeout, since nothing has happened yet. Faults: Suspended, Gone, Busy, Unavailable.
+// repeated for as long as AcquireTimeout, since nothing has happened yet. Faults: Suspended (also of a tenant whose
+// version is outside of the range that is served), Gone, Busy, Unavailable.
 // A panic in fn rolls back and goes on.
 func (db *DB) InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(*Tx) error) error {
 	if t.IsZero() {
@@ -152,9 +158,6 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 	}()
 	err := fn()
 	returned, tx.over = true, true
-	if outlived(err) || outlived(tx.err) {
-		tx.markStale()
-	}
 	switch {
 	case tx.batch != nil:
 		if cerr := tx.batch.Close(); err == nil {
@@ -165,11 +168,8 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 	case tx.begun:
 		tx.rollback(ctx)
 	}
-	if outlived(err) {
-		tx.markStale()
-		return fault.Wrap(err, fault.Unavailable, "this tenant has just been changed").WithCode("tenant_changed").WithRetry(time.Second)
-	}
-	return Fault(err)
+	tx.prove(ctx)
+	return Fault(tx.explain(ctx, err))
 }
 
 // begin opens an explicit transaction and binds it, in one round trip.
@@ -194,9 +194,44 @@ func (tx *Tx) bind(ctx context.Context, c *pgx.Conn) error {
 	b.Queue(begin)
 	b.Queue(gate, tx.tenant.Number)
 	b.Queue(bind, tx.bindArgs()...)
-	err := c.SendBatch(ctx, b).Close()
+	sent := time.Now()
+	br := c.SendBatch(ctx, b)
+	err := tx.readBinding(br, 2, sent)
+	if cerr := br.Close(); err == nil {
+		err = cerr
+	}
 	tx.begun = c.PgConn().TxStatus() != 'I'
 	return unbound(err)
+}
+
+// readBinding reads the answers to a binding, of which so many come before the version.
+func (tx *Tx) readBinding(br pgx.BatchResults, before int, sent time.Time) error {
+	tx.bound = time.Time{}
+	for range before {
+		if _, err := br.Exec(); err != nil {
+			return err
+		}
+	}
+	rows, err := br.Query()
+	if err != nil {
+		return err
+	}
+	// By hand: this is on the way of every request.
+	if rows.Next() {
+		raw := rows.RawValues()[0]
+		if rows.FieldDescriptions()[0].Format == pgx.BinaryFormatCode && len(raw) == 4 {
+			tx.was = int32(binary.BigEndian.Uint32(raw))
+		} else if n, err := strconv.ParseInt(string(raw), 10, 32); err == nil {
+			tx.was = int32(n)
+		}
+	}
+	rows.Close()
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	tx.bound = sent
+	stateOf(tx.conn).saw(tx.tenant.Number, tx.was)
+	return nil
 }
 
 // bindingError says that it was the binding that failed, before any statement of the caller's.
@@ -289,7 +324,7 @@ func (tx *Tx) acquire(ctx context.Context, deadline time.Time) (err error) {
 	if tx.sub != nil {
 		tx.conn, err = tx.sub.acquire(ctx, deadline)
 		if err == nil {
-			stateOf(tx.conn).seen[tx.tenant.Number] = struct{}{}
+			stateOf(tx.conn).meets(tx.tenant.Number)
 		}
 		return err
 	}
@@ -333,15 +368,6 @@ func closeConn(c *pgxpool.Conn) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = c.Conn().Close(ctx) // the pool drops a closed connection; the backend ends with its socket
-}
-
-func (tx *Tx) markStale() {
-	if tx.sub == nil || tx.conn == nil {
-		return
-	}
-	if st := stateOf(tx.conn); st != nil {
-		st.stale = true
-	}
 }
 
 // commit ends the transaction. The caller may be gone by now; its change is whole all the same.
@@ -423,7 +449,7 @@ func (tx *Tx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, err
 	ctx, free := tx.bounded(ctx)
 	rows, err := tx.query(ctx, sql, args)
 	if err != nil {
-		tx.err = err
+		tx.failed(err)
 		free()
 		return failedRows{err}, err
 	}
@@ -432,6 +458,12 @@ func (tx *Tx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, err
 		return boundRows{rows, nil}, nil
 	}
 	return boundRows{rows, free}, nil
+}
+
+func (tx *Tx) failed(err error) {
+	if SQLState(tx.err) == "" {
+		tx.err = err
+	}
 }
 
 // bounded ends a statement to which no answer comes: the server's own timeouts are of no use when the network swallows
@@ -463,22 +495,24 @@ func (tx *Tx) query(ctx context.Context, sql string, args []any) (pgx.Rows, erro
 	if tx.sub == nil {
 		return tx.conn.Conn().Query(ctx, sql, args...)
 	}
-	return tx.bound(ctx, sql, args)
+	return tx.byName(ctx, sql, args)
 }
 
-// bound runs a statement in the explicit transaction, by the name that it has on this connection.
-func (tx *Tx) bound(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
+// byName runs a statement in the explicit transaction, by the name that it has on this connection.
+func (tx *Tx) byName(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
 	c := tx.conn.Conn()
+	tx.named = false
 	if tx.group.opts.Statements == Unprepared {
 		return c.Query(ctx, sql, append([]any{pgx.QueryExecModeDescribeExec}, args...)...)
 	}
-	name, err := stateOf(tx.conn).prepare(ctx, c, ownKey{tx.tenant.Number, sql})
+	name, err := stateOf(tx.conn).prepare(ctx, c, tx.key(sql))
 	if err != nil {
 		return nil, err
 	}
 	if name == "" {
 		return c.Query(ctx, sql, append([]any{pgx.QueryExecModeDescribeExec}, args...)...)
 	}
+	tx.named = true
 	return c.Query(ctx, name, args...)
 }
 
@@ -492,11 +526,15 @@ func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, err
 		if tx.sub == nil {
 			return tx.conn.Conn().Query(ctx, sql, args...)
 		}
-		return tx.bound(ctx, sql, args)
+		return tx.byName(ctx, sql, args)
 	}
 	var rows pgx.Rows
 	err := tx.connect(ctx, func(c *pgx.Conn) error {
-		name, ready := stateOf(tx.conn).ready(ownKey{tx.tenant.Number, sql})
+		st := stateOf(tx.conn)
+		// The version that the tenant had here before, or that others have: the binding says which it has. A name of
+		// another version is harmless, since PostgreSQL looks at the tables anew; at worst it does not fit.
+		key := ownKey{tx.tenant.Number, st.versionOf(tx.tenant.Number), sql}
+		name, ready := st.ready(key)
 		if !ready {
 			return nil
 		}
@@ -504,27 +542,25 @@ func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, err
 		b.Queue(nameGate, tx.tenant.Number)
 		b.Queue(nameBind, tx.bindArgs()...)
 		b.Queue(name, args...)
+		sent := time.Now()
 		br := c.SendBatch(ctx, b)
-		for range 2 {
-			if _, err := br.Exec(); err != nil {
-				_ = br.Close() // says the same
-				return unbound(err)
-			}
+		if err := tx.readBinding(br, 1, sent); err != nil {
+			_ = br.Close() // says the same
+			return unbound(err)
 		}
 		tx.batch = br
 		var err error
 		if rows, err = br.Query(); err != nil {
 			tx.batch = nil
 			_ = br.Close() // says the same
-			if outlived(err) {
-				stateOf(tx.conn).stale = true
-			}
+			st.stale = st.stale || misfit(err) && key.version == tx.was
 			return err
 		}
 		return nil
 	})
-	if outlived(err) {
-		// The tenant was migrated since the name was prepared; without a name the statement is parsed anew.
+	if !tx.bound.IsZero() && misfit(err) {
+		// The tenant was migrated since the name was prepared, or meanwhile. Nothing has been done, so the statement may
+		// be sent again: bound anew, and without a name, so that it is parsed anew.
 		if err := tx.begin(ctx); err != nil {
 			return nil, err
 		}
@@ -543,7 +579,7 @@ func (tx *Tx) single(ctx context.Context, sql string, args []any) (pgx.Rows, err
 			return nil, err
 		}
 	}
-	return tx.bound(ctx, sql, args)
+	return tx.byName(ctx, sql, args)
 }
 
 // oneRow reads the first row of rows and closes them.
@@ -560,7 +596,7 @@ func (r oneRow) Scan(dest ...any) error {
 	defer r.rows.Close()
 	if !r.rows.Next() {
 		if err := r.rows.Err(); err != nil {
-			r.tx.err = err
+			r.tx.failed(err)
 			return err
 		}
 		return pgx.ErrNoRows
