@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/url"
@@ -25,11 +26,10 @@ import (
 	"github.com/oneo-crm/oneo/pkg/demo"
 	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/fault"
-	"github.com/oneo-crm/oneo/pkg/fleet"
-	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -340,18 +340,19 @@ func devFill(ctx context.Context, e *env, a *app.App, state *devState, o devOpti
 
 // devMigrate brings tenants of an earlier version up.
 func devMigrate(ctx context.Context, e *env, a *app.App) error {
-	s := selector{all: true}
-	ts, _, err := behind(ctx, a, s)
-	if err != nil || len(ts) == 0 {
-		return err
+	o := migrateOptions{selector: selector{all: true}, fleetOptions: fleetOptions{workOptions: workOptions{jobs: 2, progress: "auto"}}}
+	spec := rollout.Spec{Kind: kindMigrate, Actor: e.actor(), Alone: true}
+	quiet := *e // the report is of no interest here
+	quiet.out, quiet.quiet = io.Discard, true
+	err := migrateTenants(ctx, &quiet, a, o, spec, nil)
+	var exit errExit
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &exit):
+		return fault.New(fault.Unfit, "not every tenant could be migrated").WithCode("tenants_failed").WithHint("oneo migrate run show last")
 	}
-	report := migrateTenants(ctx, e, a, migrateOptions{jobs: 2}, ts)
-	for _, out := range report.Outcomes {
-		if out.Status == fleet.Failed {
-			return fmt.Errorf("migrate %s to version %d: %w", out.Tenant, a.Migrate.Head(migrate.TenantSet), out.Err)
-		}
-	}
-	return nil
+	return err
 }
 
 // devAccount makes an account where there is none, and an API key where the known one does not work.

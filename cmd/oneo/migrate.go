@@ -2,9 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -17,14 +17,22 @@ import (
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
+// The kinds of runs of migrations.
+const (
+	kindMigrate  = rollout.Prefix + "migrate"
+	kindRehearse = rollout.Prefix + "rehearse"
+)
+
 type migrateOptions struct {
-	shared      bool
-	jobs        int
-	maxFailures int
-	selector    selector
+	shared   bool
+	dryRun   bool
+	rehearse bool
+	selector selector
+	fleetOptions
 }
 
 func newMigrateCmd(e *env) *cobra.Command {
@@ -32,33 +40,69 @@ func newMigrateCmd(e *env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "migrate", Short: "Bring the shared schema and tenants to the newest version",
 		Long: `Apply what is missing: with --shared to the shared schema, with --tenant to some tenants, with
---all-tenants to the shared schema first and then to every tenant.
+--all-tenants to the shared schema first and then to every tenant, the largest ones first.
 
-Each migration of each tenant is one transaction together with its ledger row: a run that is
-interrupted or killed is finished by running it again. One tenant's failure does not stop the
-others; the exit code is then 3. When nothing is pending, that is one query.`,
-		Example: "  oneo migrate --shared\n  oneo migrate --all-tenants --jobs 8\n  oneo migrate -t acme -t 'beta-*'",
-		Args:    usageArgs(cobra.NoArgs),
-		RunE:    func(cmd *cobra.Command, _ []string) error { return runMigrate(cmd.Context(), e, o) },
+The run is stored: when it is interrupted or killed, the same command or ` + "`oneo migrate run resume`" + `, on
+any machine, goes on with it, and several processes may work on it at once. Each tenant's
+migrations are one transaction together with their ledger rows: a tenant that fails is at its old
+version, the others go on, and the exit code is 3. A tenant that is busy is tried again later. When
+nothing is pending, that is one query.`,
+		Example: `  oneo migrate --shared
+  oneo migrate --all-tenants --canary 5 --wave 10% --pause 30s
+  oneo migrate --all-tenants --dry-run
+  oneo migrate -t acme -t 'beta-*' --rehearse`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return runMigrate(cmd.Context(), e, o) },
 	}
 	o.selector.bind(cmd, e)
+	o.fleetOptions.bind(cmd)
 	cmd.Flags().BoolVar(&o.shared, "shared", false, "the shared schema only")
-	cmd.Flags().IntVar(&o.jobs, "jobs", min(8, 2*runtime.NumCPU()), "tenants at one time; at most database.owner_conns")
-	cmd.Flags().IntVar(&o.maxFailures, "max-failures", 0, "begin no more tenants once so many have failed; 0: no bound")
-	cmd.AddCommand(newMigrateStatusCmd(e))
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
+	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
+	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
 	return cmd
 }
 
-// migrated is one schema's outcome.
-type migrated struct{ fleet.Outcome }
+// migrateRequest is what a process that resumes a run of migrations must know. Two runs are the same when it is.
+type migrateRequest struct {
+	Target   int           `json:"target"`
+	Rehearse bool          `json:"rehearse,omitempty"`
+	Timeout  time.Duration `json:"timeout_ns,omitempty"`
+	All      bool          `json:"all_tenants,omitempty"`
+	Tenants  []string      `json:"tenants,omitempty"`
+	Exclude  []string      `json:"exclude,omitempty"`
+	States   []string      `json:"states,omitempty"`
+	Group    string        `json:"group,omitempty"`
+}
 
-var migratedColumns = []column[migrated]{
-	{"TENANT", "tenant", func(m migrated) any { return m.Tenant }},
-	{"STATUS", "status", func(m migrated) any { return string(m.Status) }},
-	{"FROM", "from", func(m migrated) any { return m.From }},
-	{"TO", "to", func(m migrated) any { return m.To }},
-	{"MS", "duration_ms", func(m migrated) any { return m.Duration.Milliseconds() }},
-	{"ERROR", "error", func(m migrated) any { return errorObject(m.Err) }},
+// migrateWork brings a tenant to the version that the run was planned for.
+func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
+	var r migrateRequest
+	if err := json.Unmarshal(request, &r); err != nil {
+		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
+	}
+	if head := a.Migrate.Head(migrate.TenantSet); r.Target > head {
+		return runWork{}, fault.New(fault.Conflict, "the run is to reach version %d; this oneo knows %d", r.Target, head).
+			WithCode("older_binary").WithHint("use the oneo, or the folder of migrations, that began it")
+	}
+	o := migrate.TenantOptions{Target: r.Target, Rehearse: r.Rehearse}
+	return runWork{timeout: r.Timeout, do: func(ctx context.Context, task rollout.Task) rollout.Outcome {
+		t, err := taskTenant(task)
+		if err != nil {
+			return rollout.Outcome{Err: err}
+		}
+		res, err := a.Migrate.Tenant(ctx, t, o)
+		out := rollout.Outcome{Status: fleet.OK, From: res.From, To: res.To, Err: err}
+		switch {
+		case err != nil:
+			out.Status = fleet.Failed
+		case len(res.Applied) == 0 && task.Attempts > 1 && task.From < res.To:
+			out.From = task.From // an earlier attempt did it, and its process died before it could say so
+		case len(res.Applied) == 0:
+			out.Status = fleet.Skipped
+		}
+		return out
+	}}, nil
 }
 
 // errorObject is an error inside a report.
@@ -84,11 +128,19 @@ type reportedError struct {
 func (r reportedError) String() string { return r.Message }
 
 func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
-	if o.jobs < 1 {
-		return errUsage{fault.New(fault.Invalid, "--jobs must be at least 1")}
+	kind := kindMigrate
+	if o.rehearse {
+		kind = kindRehearse
+	}
+	spec, err := o.spec(rollout.Spec{Kind: kind, Actor: e.actor(), Alone: true})
+	if err != nil {
+		return err
 	}
 	if o.shared && (o.selector.all || len(o.selector.names) > 0) {
 		return errUsage{fault.New(fault.Invalid, "--shared goes with no tenants").WithHint("--all-tenants migrates the shared schema first")}
+	}
+	if o.shared && o.rehearse {
+		return errUsage{fault.New(fault.Invalid, "--rehearse is for tenants; the shared schema cannot be rehearsed")}
 	}
 	if !o.shared {
 		if _, err := o.selector.filter(); err != nil {
@@ -103,28 +155,46 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 	if err != nil {
 		return err
 	}
-	var rows []migrated
-	if o.shared || o.selector.all {
+	var rows []reported
+	switch pending := a.Migrate.SharedBehind(ctx); {
+	case pending != nil && !fault.Is(pending, fault.Pending):
+		return pending
+	case o.dryRun || o.rehearse || !o.shared && !o.selector.all:
+		if pending != nil && !o.dryRun {
+			return pending
+		}
+		if pending != nil {
+			e.say("%s: it would be migrated first, and tenants are counted after that", fault.Of(pending).Message)
+			return show(e, []planned{}, plannedColumns)
+		}
+		if o.shared {
+			e.say("nothing to do: the shared schema is at its head")
+			return show(e, []planned{}, plannedColumns)
+		}
+	default:
 		res, err := a.Migrate.Shared(ctx)
 		if err != nil {
 			return err
 		}
-		out := fleet.Outcome{Tenant: "(shared)", Status: fleet.Skipped, From: res.From, To: res.To, Duration: res.Duration}
+		row := reported{tenant: "(shared)", status: string(fleet.Skipped), from: res.From, to: res.To, duration: res.Duration}
 		if len(res.Applied) > 0 {
-			out.Status = fleet.OK
+			row.status = string(fleet.OK)
 			e.say("shared schema: applied %s", names(res.Applied))
 		}
-		rows = append(rows, migrated{out})
-	} else if err := a.Migrate.SharedBehind(ctx); err != nil {
-		return err
-	}
-	if o.shared {
-		if rows[0].Status == fleet.Skipped {
-			e.say("nothing to do: the shared schema is at version %d", rows[0].To)
+		rows = append(rows, row)
+		if o.shared {
+			if row.status == string(fleet.Skipped) {
+				e.say("nothing to do: the shared schema is at version %d", row.to)
+			}
+			return show(e, rows, reportColumns)
 		}
-		return show(e, rows, migratedColumns)
 	}
-	ts, passed, err := behind(ctx, a, o.selector)
+	return migrateTenants(ctx, e, a, o, spec, rows)
+}
+
+// migrateTenants plans the run over the tenants that lack migrations, and works on it.
+func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, spec rollout.Spec, rows []reported) error {
+	ts, passed, late, err := behind(ctx, a, o.selector)
 	if err != nil {
 		return err
 	}
@@ -134,105 +204,130 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 			why = why.WithHint("oneo tenant undrop %s", t.Slug)
 		}
 		e.say("skipped %s: it is %s", t.Slug, t.State)
-		rows = append(rows, migrated{fleet.Outcome{Tenant: t.Slug.String(), Status: fleet.Skipped, Err: why}})
+		rows = append(rows, reported{tenant: t.Slug.String(), status: string(fleet.Skipped), err: errorObject(why)})
 	}
+	head := a.Migrate.Head(migrate.TenantSet)
 	if len(ts) == 0 {
-		if len(passed) == 0 {
-			e.say("nothing to do: every selected tenant is at version %d", a.Migrate.Head(migrate.TenantSet))
-		} else {
-			e.say("nothing to do: every other selected tenant is at version %d", a.Migrate.Head(migrate.TenantSet))
+		which := "every"
+		if len(passed) > 0 {
+			which = "every other"
 		}
-		if e.output == "table" {
+		e.say("nothing to do: %s selected tenant is at version %d", which, head)
+		switch {
+		case o.dryRun:
+			return show(e, []planned{}, plannedColumns)
+		case e.output == "table":
 			return nil
 		}
-		return show(e, rows, migratedColumns)
+		return show(e, rows, reportColumns)
 	}
-	report := migrateTenants(ctx, e, a, o, ts)
-	for _, out := range report.Outcomes {
-		rows = append(rows, migrated{out})
+	for _, t := range ts {
+		spec.Items = append(spec.Items, rollout.Item{Tenant: t, From: late[t.Number], To: head})
 	}
-	if err := show(e, rows, migratedColumns); err != nil {
+	if err := a.Rollout.LargestFirst(ctx, spec.Items); err != nil {
 		return err
 	}
-	failed := report.Count(fleet.Failed)
-	e.say("%d migrated, %d failed, %d skipped in %s", report.Count(fleet.OK), failed, report.Count(fleet.Skipped), report.Duration.Round(time.Millisecond))
-	switch {
-	case failed > 0:
-		return errExit{exitSomeFailed}
-	case report.Interrupted():
-		e.say("interrupted; run the same command again to finish")
-		return errExit{exitInterrupted}
+	if o.dryRun {
+		return showPlan(e, a, spec)
 	}
-	return nil
+	s := o.selector
+	spec.Request = migrateRequest{
+		Target: head, Rehearse: o.rehearse, Timeout: o.timeout,
+		All: s.all, Tenants: s.names, Exclude: s.exclude, States: s.states, Group: s.group,
+	}
+	return planAndWork(ctx, e, a, spec, o.workOptions, rows)
 }
 
-func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, ts []tenant.Tenant) fleet.Report {
-	done := 0
-	return fleet.Run(ctx, ts, fleet.Options{
-		Jobs: min(o.jobs, a.Config.Database.OwnerConns), MaxFailures: o.maxFailures,
-		Each: func(out fleet.Outcome) {
-			done++
-			switch {
-			case out.Err != nil:
-				e.say("%d/%d %s failed: %s", done, len(ts), out.Tenant, errorObject(out.Err))
-			case e.verbose || len(ts) <= 20 || done%100 == 0 || done == len(ts):
-				e.say("%d/%d %s %d -> %d", done, len(ts), out.Tenant, out.From, out.To)
-			}
-		},
-	}, func(t tenant.Tenant) string { return t.Slug.String() },
-		func(ctx context.Context, t tenant.Tenant) fleet.Outcome {
-			res, err := a.Migrate.Tenant(ctx, t, migrate.TenantOptions{})
-			out := fleet.Outcome{Status: fleet.OK, From: res.From, To: res.To, Err: err}
-			if err != nil {
-				out.Status = fleet.Failed
-			} else if len(res.Applied) == 0 {
-				out.Status = fleet.Skipped
-			}
-			return out
-		})
+// planned is one tenant's line of a plan.
+type planned struct {
+	rollout.Item
+	wave  int
+	files []migrate.File
 }
 
-// behind lists the selected tenants that lack migrations: one query for each group, and another for the names only if
-// there are any. passed are those that were named and are in a state that is not selected.
-func behind(ctx context.Context, a *app.App, s selector) (selected, passed []tenant.Tenant, err error) {
+var plannedColumns = []column[planned]{
+	{"TENANT", "tenant", func(p planned) any { return p.Tenant.Slug.String() }},
+	{"WAVE", "wave", func(p planned) any { return p.wave + 1 }},
+	{"FROM", "from", func(p planned) any { return p.From }},
+	{"TO", "to", func(p planned) any { return p.To }},
+	{"MIGRATIONS", "migrations", func(p planned) any {
+		all := make([]string, len(p.files))
+		for i, f := range p.files {
+			all[i] = f.String()
+		}
+		return all
+	}},
+}
+
+// between are the files that lead from one version to another, in the order in which they run.
+func between(files []migrate.File, from, to int) []migrate.File {
+	from, to = min(from, len(files)), min(to, len(files))
+	if from <= to {
+		return files[from:to]
+	}
+	back := slices.Clone(files[to:from])
+	slices.Reverse(back)
+	return back
+}
+
+// showPlan shows what a run would do: in a table of many tenants, how many of each wave and version.
+func showPlan(e *env, a *app.App, spec rollout.Spec) error {
+	files := a.Migrate.Files(migrate.TenantSet)
+	waves := spec.Waves()
+	rows := make([]planned, len(spec.Items))
+	for i, it := range spec.Items {
+		rows[i] = planned{Item: it, wave: waves[i], files: between(files, it.From, it.To)}
+	}
+	slices.SortStableFunc(rows, func(a, b planned) int { return a.wave - b.wave })
+	e.say("%d tenants in %d wave(s); nothing was done", len(rows), slices.Max(waves)+1)
+	if e.output == "table" && len(rows) > fewTenants && !e.verbose {
+		e.say("the first %d; -v or -o json shows all", fewTenants)
+		rows = rows[:fewTenants]
+	}
+	return show(e, rows, plannedColumns)
+}
+
+// behind lists the selected tenants that lack migrations, and all versions that lack some: one query for each group, and
+// another for the names only if there are any. passed are those that were named and are in a state that is not selected.
+func behind(ctx context.Context, a *app.App, s selector) (selected, passed []tenant.Tenant, late map[int32]int, err error) {
 	f, err := s.filter()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	late, err := lacking(ctx, a)
-	if err != nil {
-		return nil, nil, err
+	if late, err = lacking(ctx, a); err != nil {
+		return nil, nil, nil, err
 	}
 	if len(late) == 0 && len(f.Names) == 0 && len(f.Exclude) == 0 && f.Group == "" {
-		return nil, nil, nil
+		return nil, nil, late, nil
 	}
 	s.behind = false // they are told apart here
 	states := f.States
 	f.States = nil
 	all, err := s.list(ctx, a, f)
 	for _, t := range all {
+		_, lacks := late[t.Number]
 		switch {
 		case !slices.Contains(states, t.State):
 			if slices.Contains(f.Names, t.Slug.String()) {
 				passed = append(passed, t)
 			}
-		case late[t.Number]:
+		case lacks:
 			selected = append(selected, t)
 		}
 	}
-	return selected, passed, err
+	return selected, passed, late, err
 }
 
-// lacking finds who lacks migrations, in one query for each group.
-func lacking(ctx context.Context, a *app.App) (map[int32]bool, error) {
-	late := map[int32]bool{}
+// lacking finds who lacks migrations, and at which version, in one query for each group.
+func lacking(ctx context.Context, a *app.App) (map[int32]int, error) {
+	late := map[int32]int{}
 	for _, group := range a.DB.Groups() {
 		bs, err := a.Migrate.TenantsBehind(ctx, group)
 		if err != nil {
 			return nil, err
 		}
 		for _, b := range bs {
-			late[b.Number] = true
+			late[b.Number] = b.Version
 		}
 	}
 	return late, nil
@@ -250,18 +345,34 @@ func newMigrateStatusCmd(e *env) *cobra.Command {
 	var check bool
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show which versions the tenants are at",
-		Long: `Group the fleet by version, without opening a tenant. A tenant whose schema was dropped, or dropped
-and made again, behind oneo's back is named. With --check the exit code is 13 when anything is pending.`,
+		Long: `Group the fleet without opening a tenant: current, behind (by how much), failed (by cause: what their
+last run said), missing (the schema was dropped, or dropped and made again, behind oneo's back). What
+the schemas really hold is another question: ` + "`oneo migrate drift`" + `. With --check the exit code is
+13 when anything is pending, failed or missing.`,
 		Example: "  oneo migrate status\n  oneo migrate status --check -o json", Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return migrateStatus(cmd.Context(), e, check) },
 	}
-	cmd.Flags().BoolVar(&check, "check", false, "exit 13 when anything is pending")
+	cmd.Flags().BoolVar(&check, "check", false, "exit 13 when anything is pending, failed or missing")
 	return cmd
 }
 
+// statusRow is one group of tenants that stand alike.
 type statusRow struct {
-	migrate.VersionCount
-	head int
+	status, group string
+	version, head int
+	tenants       int
+	cause         any
+	names         []string // of those that ask for attention, up to five
+}
+
+var statusColumns = []column[statusRow]{
+	{"STATUS", "status", func(s statusRow) any { return s.status }},
+	{"VERSION", "version", func(s statusRow) any { return s.version }},
+	{"BEHIND", "behind", func(s statusRow) any { return max(0, s.head-s.version) }},
+	{"TENANTS", "tenants", func(s statusRow) any { return s.tenants }},
+	{"GROUP", "group", func(s statusRow) any { return s.group }},
+	{"NAMES", "names", func(s statusRow) any { return s.names }},
+	{"CAUSE", "cause", func(s statusRow) any { return s.cause }},
 }
 
 func migrateStatus(ctx context.Context, e *env, check bool) error {
@@ -273,53 +384,110 @@ func migrateStatus(ctx context.Context, e *env, check bool) error {
 	if pending != nil && !fault.Is(pending, fault.Pending) {
 		return pending
 	}
+	var rows []statusRow
 	if pending != nil {
 		e.say("%s", fault.Of(pending).Message)
-		if err := show(e, []statusRow{}, statusColumns); err != nil {
-			return err
-		}
-	} else {
-		st, err := a.Migrate.Status(ctx)
-		if err != nil {
-			return err
-		}
-		var rows []statusRow
-		late := 0
-		for _, v := range st.Versions {
-			rows = append(rows, statusRow{v, st.Head})
-			if v.Version < st.Head {
-				late += v.Tenants
-			}
-		}
-		if err := show(e, rows, statusColumns); err != nil {
-			return err
-		}
-		if len(st.Missing) > 0 {
-			lost, err := namesOf(ctx, a, st.Missing)
-			if err != nil {
-				return err
-			}
-			pending = fault.New(fault.Pending, "the schema of %d tenant(s) is gone or was made again behind oneo's back: %s", len(st.Missing), lost).
-				WithCode("schema_missing").WithHint("restore them from a backup; nothing was changed")
-			e.say("%s", fault.Of(pending).Message)
-		} else if late > 0 {
-			pending = fault.New(fault.Pending, "%d tenant(s) are behind", late).WithCode("tenants_behind").WithHint("oneo migrate --all-tenants")
-		}
+	} else if rows, pending, err = fleetStatus(ctx, a); err != nil {
+		return err
+	}
+	if err := show(e, rows, statusColumns); err != nil {
+		return err
 	}
 	if check && pending != nil {
 		return pending
 	}
+	if pending != nil && len(rows) > 0 {
+		e.say("%s", fault.Of(pending).Message)
+	}
 	return nil
 }
 
-var statusColumns = []column[statusRow]{
-	{"VERSION", "version", func(s statusRow) any { return s.Version }},
-	{"TENANTS", "tenants", func(s statusRow) any { return s.Tenants }},
-	{"BEHIND", "behind", func(s statusRow) any { return max(0, s.head-s.Version) }},
-	{"GROUP", "group", func(s statusRow) any { return s.Group }},
+// fleetStatus groups the fleet, and says what is pending, if anything is.
+func fleetStatus(ctx context.Context, a *app.App) (rows []statusRow, pending, err error) {
+	st, err := a.Migrate.Status(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	failures, err := a.Rollout.Failures(ctx, kindMigrate)
+	if err != nil {
+		return nil, nil, err
+	}
+	late := map[string]map[int32]int{}
+	for _, group := range a.DB.Groups() {
+		bs, err := a.Migrate.TenantsBehind(ctx, group)
+		if err != nil {
+			return nil, nil, err
+		}
+		late[group] = map[int32]int{}
+		for _, b := range bs {
+			late[group][b.Number] = b.Version
+		}
+	}
+	type key struct {
+		group   string
+		version int
+		cause   string
+	}
+	failed := map[key]*statusRow{}
+	taken := map[key]int{} // how many of a group and version are told as failed
+	var order []key
+	for _, f := range failures {
+		for group, versions := range late {
+			version, is := versions[f.Number]
+			if !is {
+				continue
+			}
+			k := key{group, version, f.Cause.SQLState + f.Cause.Message}
+			row := failed[k]
+			if row == nil {
+				row = &statusRow{status: "failed", group: group, version: version, head: st.Head, cause: reportedError(f.Cause)}
+				failed[k] = row
+				order = append(order, k)
+			}
+			row.tenants++
+			if len(row.names) < 5 {
+				row.names = append(row.names, f.Slug)
+			}
+			taken[key{group: group, version: version}]++
+		}
+	}
+	behind := 0
+	for _, v := range st.Versions {
+		row := statusRow{status: "current", group: v.Group, version: v.Version, head: st.Head, tenants: v.Tenants}
+		if v.Version < st.Head {
+			row.status = "behind"
+			row.tenants -= taken[key{group: v.Group, version: v.Version}]
+			behind += row.tenants
+		}
+		if row.tenants > 0 {
+			rows = append(rows, row)
+		}
+	}
+	n := 0
+	for _, k := range order {
+		rows = append(rows, *failed[k])
+		n += failed[k].tenants
+	}
+	switch {
+	case len(st.Missing) > 0:
+		lost, err := namesOf(ctx, a, st.Missing)
+		if err != nil {
+			return nil, nil, err
+		}
+		rows = append(rows, statusRow{status: "missing", tenants: len(st.Missing), head: 0, names: lost})
+		pending = fault.New(fault.Pending, "the schema of %d tenant(s) is gone or was made again behind oneo's back: %s", len(st.Missing), strings.Join(lost, ", ")).
+			WithCode("schema_missing").WithHint("restore them from a backup; nothing was changed")
+	case n > 0:
+		pending = fault.New(fault.Pending, "%d tenant(s) have failed and %d are behind", n, behind).WithCode("tenants_failed").
+			WithHint("mend the cause, then oneo migrate --all-tenants")
+	case behind > 0:
+		pending = fault.New(fault.Pending, "%d tenant(s) are behind", behind).WithCode("tenants_behind").WithHint("oneo migrate --all-tenants")
+	}
+	return rows, pending, nil
 }
 
-func namesOf(ctx context.Context, a *app.App, numbers []int32) (string, error) {
+// namesOf are the names of the first five tenants, and how many more there are.
+func namesOf(ctx context.Context, a *app.App, numbers []int32) ([]string, error) {
 	const most = 5
 	var all []string
 	err := a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
@@ -332,5 +500,5 @@ func namesOf(ctx context.Context, a *app.App, numbers []int32) (string, error) {
 	if len(numbers) > most {
 		all = append(all, fmt.Sprintf("and %d more", len(numbers)-most))
 	}
-	return strings.Join(all, ", "), err
+	return all, err
 }

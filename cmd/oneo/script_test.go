@@ -46,6 +46,11 @@ func TestScripts(t *testing.T) {
 			if strings.Contains(e.WorkDir, "nodatabase") {
 				return nil
 			}
+			schemas, err := filepath.Abs("../../schemas/tenant")
+			if err != nil {
+				return err
+			}
+			e.Setenv("SCHEMAS", schemas)
 			env := pgtest.New(e.T().(testing.TB))
 			e.Setenv("ONEO_DATABASE_URL", env.Group.URL)
 			e.Setenv("ONEO_DATABASE_OWNER_URL", env.Group.OwnerURL)

@@ -104,7 +104,7 @@ func (s *selector) tenants(ctx context.Context, a *app.App) ([]tenant.Tenant, er
 
 // list reads the tenants of the selection's filter.
 func (s *selector) list(ctx context.Context, a *app.App, f registry.Filter) (ts []tenant.Tenant, err error) {
-	var late map[int32]bool
+	var late map[int32]int
 	if s.behind {
 		if late, err = lacking(ctx, a); err != nil {
 			return nil, err
@@ -118,7 +118,7 @@ func (s *selector) list(ctx context.Context, a *app.App, f registry.Filter) (ts 
 		return err
 	})
 	if s.behind {
-		ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return !late[t.Number] })
+		ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { _, lacks := late[t.Number]; return !lacks })
 	}
 	return ts, err
 }

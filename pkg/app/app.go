@@ -22,6 +22,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/server"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
@@ -35,6 +36,7 @@ type App struct {
 	Cache     *cache.Cache
 	Migrate   *migrate.Migrator
 	Provision *provision.Provisioner
+	Rollout   *rollout.Runner
 	Resolver  *registry.Resolver
 	Hasher    *auth.Hasher
 	Base      tenant.Host // a tenant's default domain is <slug>.<base>
@@ -100,6 +102,10 @@ func (a *App) open() (err error) {
 		DB: a.DB, Migrate: a.Migrate, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
 		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Logger: a.Log,
 	})
+	if err != nil {
+		return err
+	}
+	a.Rollout, err = rollout.New(rollout.Options{DB: a.DB, StaleAfter: c.Migrate.StaleAfter, Logger: a.Log})
 	return err
 }
 

@@ -26,6 +26,7 @@ type Config struct {
 	Auth         Auth         `mapstructure:"auth"`
 	Cache        Cache        `mapstructure:"cache"`
 	Schemas      Schemas      `mapstructure:"schemas"`
+	Migrate      Migrate      `mapstructure:"migrate"`
 	Log          Log          `mapstructure:"log"`
 }
 
@@ -124,6 +125,15 @@ type Schemas struct {
 	Dir string `mapstructure:"dir"`
 }
 
+// Migrate says when runs over the fleet hold back, and for how long they try again.
+type Migrate struct {
+	Patience       time.Duration `mapstructure:"patience"`
+	StaleAfter     time.Duration `mapstructure:"stale_after"`
+	MaxLockWaits   int           `mapstructure:"max_lock_waits"`
+	MaxReplicaLag  time.Duration `mapstructure:"max_replica_lag"`
+	MaxConnections int           `mapstructure:"max_connections"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -148,9 +158,10 @@ func Default() Config {
 			ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute,
 			RequestTimeout: 30 * time.Second, ShutdownGrace: 20 * time.Second, MaxBody: 1 << 20, MaxHeader: 16 << 10,
 		},
-		Auth:  Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
-		Cache: Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
-		Log:   Log{Level: "info", Format: "text"},
+		Auth:    Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
+		Cache:   Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
+		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90},
+		Log:     Log{Level: "info", Format: "text"},
 	}
 }
 
@@ -321,6 +332,13 @@ func (c Config) Validate() error {
 	}
 	between("auth.hash_concurrency", c.Auth.HashConcurrency, 1, 256)
 	between("auth.logins_per_minute", c.Auth.LoginsPerMinute, 1, 100_000)
+	positive("migrate.patience", c.Migrate.Patience)
+	positive("migrate.stale_after", c.Migrate.StaleAfter)
+	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
+	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
+	if c.Migrate.MaxReplicaLag < 0 {
+		bad("migrate.max_replica_lag", "must not be below 0")
+	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
 	if len(fields) == 0 {

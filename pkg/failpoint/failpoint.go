@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -34,7 +36,11 @@ var armed = sync.OnceValues(func() (map[string]string, error) {
 	return parse(os.Getenv("ONEO_FAILPOINTS"))
 })
 
-// parse reads "name=action[,name=action]"; actions are exit, error, panic and sleep:DURATION.
+// hits counts how often each place has been passed that acts from a certain time on.
+var hits sync.Map // name -> *atomic.Int64
+
+// parse reads "name=action[,name=action]"; actions are exit, error, panic and sleep:DURATION. Behind @N an action waits
+// for the N-th time that the process comes by: exit@20.
 func parse(spec string) (map[string]string, error) {
 	places := map[string]string{}
 	for part := range strings.SplitSeq(spec, ",") {
@@ -60,6 +66,17 @@ func Hit(name string) error {
 	action, ok := places[name]
 	if !ok {
 		return nil
+	}
+	action, from, counted := strings.Cut(action, "@")
+	if counted {
+		nth, err := strconv.ParseInt(from, 10, 64)
+		if err != nil {
+			return fmt.Errorf("ONEO_FAILPOINTS: %s: %w", name, err)
+		}
+		n, _ := hits.LoadOrStore(name, new(atomic.Int64))
+		if n.(*atomic.Int64).Add(1) < nth {
+			return nil
+		}
 	}
 	switch {
 	case action == "exit":

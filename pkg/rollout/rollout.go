@@ -107,8 +107,8 @@ func (w Wave) size(tenants int) int {
 	return max(1, tenants)
 }
 
-// Waves divides n items, by their place in the plan, into waves: the wave of each item.
-func (s Spec) waves() []int {
+// Waves is the wave of each item, counting from 0: the canaries first, if there are any.
+func (s Spec) Waves() []int {
 	n := len(s.Items)
 	of := make([]int, n)
 	first := 0
@@ -269,7 +269,7 @@ order by o.id for update`
 }
 
 func insertRun(ctx context.Context, tx *postgres.OwnerTx, id uuid.UUID, s Spec, body []byte) error {
-	waves := s.waves()
+	waves := s.Waves()
 	n := len(s.Items)
 	ordinals, numbers, of := make([]int32, n), make([]int32, n), make([]int32, n)
 	slugs, groups, from, to := make([]string, n), make([]string, n), make([]int32, n), make([]int32, n)

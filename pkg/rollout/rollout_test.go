@@ -515,7 +515,7 @@ func TestWavesHoldEveryTenantOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		n := rapid.IntRange(1, 300).Draw(t, "tenants")
 		s := rollout.Spec{Items: make([]rollout.Item, n), Canary: rapid.IntRange(0, 20).Draw(t, "canary"), Wave: rollout.Wave{Percent: rapid.IntRange(0, 100).Draw(t, "percent")}}
-		waves := rollout.Waves(s)
+		waves := s.Waves()
 		count := map[int]int{}
 		for _, w := range waves {
 			count[w]++

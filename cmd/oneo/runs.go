@@ -1,0 +1,377 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/spf13/cobra"
+
+	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/rollout"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// runWork is what a kind of run does with each tenant.
+type runWork struct {
+	do func(ctx context.Context, task rollout.Task) rollout.Outcome
+	// done is called once the run is over, however it ended; may be nil.
+	done    func(ctx context.Context, run rollout.Run) error
+	timeout time.Duration // for one tenant; 0: none
+}
+
+// runKinds makes the work of each kind of run from what was asked for, so that any process can resume it.
+var runKinds = map[string]func(e *env, a *app.App, request json.RawMessage) (runWork, error){
+	kindMigrate:  migrateWork,
+	kindRehearse: migrateWork,
+}
+
+// workOptions are the flags of those who work on a run.
+type workOptions struct {
+	jobs     int
+	progress string
+}
+
+func (o *workOptions) bind(cmd *cobra.Command) {
+	cmd.Flags().IntVar(&o.jobs, "jobs", min(8, 2*runtime.NumCPU()), "tenants at one time; at most database.owner_conns less one")
+	cmd.Flags().StringVar(&o.progress, "progress", "auto", "auto, json or none: how the run is told on stderr")
+}
+
+func (o *workOptions) check() error {
+	if o.jobs < 1 {
+		return errUsage{fault.New(fault.Invalid, "--jobs must be at least 1")}
+	}
+	switch o.progress {
+	case "auto", "json", "none":
+		return nil
+	}
+	return errUsage{fault.New(fault.Invalid, "unknown progress %q", o.progress).WithHint("use one of auto, json, none")}
+}
+
+// fleetOptions are the flags of those who begin a run over many tenants.
+type fleetOptions struct {
+	workOptions
+	maxFailures int
+	failFast    bool
+	canary      int
+	wave        string
+	pause       time.Duration
+	timeout     time.Duration
+}
+
+func (o *fleetOptions) bind(cmd *cobra.Command) {
+	o.workOptions.bind(cmd)
+	f := cmd.Flags()
+	f.IntVar(&o.maxFailures, "max-failures", 0, "begin no more tenants once so many have failed; 0: no bound")
+	f.BoolVar(&o.failFast, "fail-fast", false, "begin no more tenants once one has failed")
+	f.IntVar(&o.canary, "canary", 0, "begin with so many tenants, spread over the sizes; a failure among them ends the run")
+	f.StringVar(&o.wave, "wave", "", "after the canaries, this `SHARE` or number of tenants at a time: 10% or 50")
+	f.DurationVar(&o.pause, "pause", 0, "wait so long between two waves")
+	f.DurationVar(&o.timeout, "timeout", 0, "end the work on a tenant that takes longer; 0: no bound")
+}
+
+// spec completes a run with what the flags say.
+func (o *fleetOptions) spec(s rollout.Spec) (rollout.Spec, error) {
+	if err := o.check(); err != nil {
+		return s, err
+	}
+	for name, n := range map[string]int{"max-failures": o.maxFailures, "canary": o.canary, "pause": int(o.pause), "timeout": int(o.timeout)} {
+		if n < 0 {
+			return s, errUsage{fault.New(fault.Invalid, "--%s must not be below 0", name)}
+		}
+	}
+	if o.failFast && o.maxFailures > 1 {
+		return s, errUsage{fault.New(fault.Invalid, "--fail-fast and --max-failures exclude each other")}
+	}
+	var err error
+	if s.Wave, err = rollout.ParseWave(o.wave); err != nil {
+		return s, errUsage{err}
+	}
+	s.Canary, s.Pause, s.MaxFailures = o.canary, o.pause, o.maxFailures
+	if o.failFast {
+		s.MaxFailures = 1
+	}
+	return s, nil
+}
+
+// workOn works on a run until it is over and reports it: the exit code is its end.
+func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOptions, rows []reported) error {
+	make, ok := runKinds[run.Kind]
+	if !ok {
+		return fault.New(fault.Unsupported, "this oneo cannot work on a run of the kind %q", run.Kind).WithCode("unknown_run_kind")
+	}
+	w, err := make(e, a, run.Request)
+	if err != nil {
+		return err
+	}
+	p, err := newProgress(e, o.progress, run)
+	if err != nil {
+		return err
+	}
+	// One connection is left for the run's own rows.
+	jobs := max(1, min(o.jobs, a.Config.Database.OwnerConns-1))
+	looking, stop := context.WithCancel(ctx)
+	defer stop()
+	m := a.Config.Migrate
+	brake := a.Rollout.Brake(looking, a.DB.Groups(), rollout.Bounds{LockWaits: m.MaxLockWaits, ReplicaLag: m.MaxReplicaLag, Connections: m.MaxConnections})
+	start := time.Now()
+	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
+		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Told: p.told,
+	}, w.do)
+	p.end()
+	if err != nil && !errors.Is(err, context.Canceled) {
+		return fmt.Errorf("run %s: %w", run.ID, err)
+	}
+	interrupted := err != nil
+	ctx = context.WithoutCancel(ctx) // what was done is told all the same
+	if w.done != nil {
+		if err := w.done(ctx, end); err != nil {
+			return err
+		}
+	} else if err := showTasks(ctx, e, a, end, rows); err != nil {
+		return err
+	}
+	p.say("%s in %s", tally(end), short(time.Since(start)))
+	switch {
+	case interrupted && !end.Over():
+		p.say("interrupted; the tenants in hand are finished. To go on: oneo migrate run resume %s", end.ID)
+		return errExit{exitInterrupted}
+	case end.State == registry.Paused:
+		p.say("the run is paused. To go on: oneo migrate run resume %s", end.ID)
+		return errExit{exitPending}
+	case end.State == registry.Aborted:
+		p.say("the run was aborted")
+		return errExit{exitFailed}
+	case end.Failed > 0 || end.State == registry.Failed:
+		var why rollout.Cause
+		if json.Unmarshal(end.Error, &why) == nil && why.Code != "tenants_failed" {
+			p.say("%s", why.Message)
+		}
+		p.say("once it is mended: oneo migrate run retry %s", end.ID)
+		return errExit{exitSomeFailed}
+	}
+	return nil
+}
+
+func tally(run rollout.Run) string {
+	s := fmt.Sprintf("run %s: %d done, %d failed, %d skipped", run.ID, run.OK, run.Failed, run.Skipped)
+	if n := run.Left(); n > 0 {
+		s += fmt.Sprintf(", %d left", n)
+	}
+	return s
+}
+
+// reported is one tenant's line of a report.
+type reported struct {
+	tenant   string
+	status   string
+	from, to int
+	duration time.Duration
+	result   json.RawMessage
+	err      any
+}
+
+var reportColumns = []column[reported]{
+	{"TENANT", "tenant", func(r reported) any { return r.tenant }},
+	{"STATUS", "status", func(r reported) any { return r.status }},
+	{"FROM", "from", func(r reported) any { return r.from }},
+	{"TO", "to", func(r reported) any { return r.to }},
+	{"MS", "duration_ms", func(r reported) any { return r.duration.Milliseconds() }},
+	{"ERROR", "error", func(r reported) any { return r.err }},
+}
+
+// fewTenants is up to how many a table names also those for which all went well.
+const fewTenants = 20
+
+// showTasks writes the report of a run: in a table of many tenants only those that ask for attention.
+func showTasks(ctx context.Context, e *env, a *app.App, run rollout.Run, rows []reported) error {
+	all := e.output != "table" || e.verbose || run.Tasks() <= fewTenants
+	var states []string
+	if !all {
+		states = []string{"failed", "skipped"}
+	}
+	err := a.Rollout.Tasks(ctx, run.ID, func(t rollout.Reported) error {
+		r := reported{tenant: t.Slug, status: t.State, from: t.From, to: t.To, duration: t.Duration, result: t.Result}
+		if t.Error != nil {
+			r.err = reportedError(*t.Error)
+		}
+		if t.State == "queued" || t.State == "running" {
+			r.to = r.from
+		}
+		rows = append(rows, r)
+		return nil
+	}, states...)
+	if err != nil || !all && len(rows) == 0 {
+		return err
+	}
+	return show(e, rows, reportColumns)
+}
+
+// taskTenant is the tenant of a task, as far as a migration needs to know it.
+func taskTenant(t rollout.Task) (tenant.Tenant, error) {
+	slug, err := tenant.ParseSlug(t.Slug)
+	return tenant.Tenant{Number: t.Number, Slug: slug, Group: t.Group}, err
+}
+
+func newRunCmd(e *env) *cobra.Command {
+	return noun("run", "See and steer durable runs",
+		`A run over many tenants is stored: it can be paused, resumed by any process on any machine, retried and
+aborted. RUN is a run's id, the end of it, or "last".`,
+		"  oneo migrate run list\n  oneo migrate run show last\n  oneo migrate run resume last",
+		newRunListCmd(e), newRunShowCmd(e),
+		runVerb(e, "pause", "Begin no more tenants of a run", "What is in hand is finished; who works on the run stops. `oneo migrate run resume` goes on.",
+			(*rollout.Runner).Pause),
+		runVerb(e, "abort", "End a run for good", "What is in hand is finished, what is left is never begun. Tenants that are done stay so.",
+			(*rollout.Runner).Abort),
+		runOn(e, "resume", "Go on with a run", "Work on a run that was interrupted, paused or ended early, beside those who do already. Tenants that have failed stay so.",
+			(*rollout.Runner).Resume),
+		runOn(e, "retry", "Try the failed tenants of a run again", "Queue the failed tenants of a run once more and work on it.",
+			(*rollout.Runner).Retry),
+	)
+}
+
+var runColumns = []column[rollout.Run]{
+	{"RUN", "id", func(r rollout.Run) any { return r.ID.String() }},
+	{"KIND", "kind", func(r rollout.Run) any { return r.Kind[len(rollout.Prefix):] }},
+	{"STATE", "state", func(r rollout.Run) any { return r.State }},
+	{"DONE", "ok", func(r rollout.Run) any { return r.OK }},
+	{"FAILED", "failed", func(r rollout.Run) any { return r.Failed }},
+	{"SKIPPED", "skipped", func(r rollout.Run) any { return r.Skipped }},
+	{"LEFT", "left", func(r rollout.Run) any { return r.Left() }},
+	{"ALIVE", "alive", func(r rollout.Run) any { return r.Alive }},
+	{"BY", "actor", func(r rollout.Run) any { return r.Actor }},
+	{"BEGUN", "created_at", func(r rollout.Run) any { return r.CreatedAt }},
+	{"ENDED", "finished_at", func(r rollout.Run) any { return r.FinishedAt }},
+}
+
+func newRunListCmd(e *env) *cobra.Command {
+	var open bool
+	var limit int
+	cmd := &cobra.Command{
+		Use: "list", Short: "List the newest runs",
+		Long:    "List runs, the newest first: how many tenants are done, failed, skipped and left, and whether a process works on it.",
+		Example: "  oneo migrate run list --open", Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < 1 {
+				return errUsage{fault.New(fault.Invalid, "--limit must be at least 1")}
+			}
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			runs, err := a.Rollout.List(cmd.Context(), limit, open)
+			if err != nil {
+				return err
+			}
+			return show(e, runs, runColumns)
+		},
+	}
+	cmd.Flags().BoolVar(&open, "open", false, "only those that have not ended")
+	cmd.Flags().IntVar(&limit, "limit", 20, "at most so many")
+	return cmd
+}
+
+func newRunShowCmd(e *env) *cobra.Command {
+	var tasks bool
+	cmd := &cobra.Command{
+		Use: "show RUN", Short: "Show how far a run is, and who failed",
+		Long:    "Show a run and, in a table, the tenants that failed; with --tenants the tenants themselves.",
+		Example: "  oneo migrate run show last --tenants -o json",
+		Args:    usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			run, err := a.Rollout.Find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if tasks {
+				return showTasks(cmd.Context(), e, a, run, nil)
+			}
+			columns := append(runColumns[:len(runColumns):len(runColumns)],
+				column[rollout.Run]{"WAVE", "wave", func(r rollout.Run) any { return r.Wave + 1 }},
+				column[rollout.Run]{"WAVES", "waves", func(r rollout.Run) any { return r.Waves }},
+				column[rollout.Run]{"REQUEST", "request", func(r rollout.Run) any { return r.Request }},
+				column[rollout.Run]{"ERROR", "error", func(r rollout.Run) any { return r.Error }})
+			if err := showOne(e, run, columns); err != nil || e.output != "table" || run.Failed == 0 {
+				return err
+			}
+			fmt.Fprintln(e.out)
+			var failed []reported
+			err = a.Rollout.Tasks(cmd.Context(), run.ID, func(t rollout.Reported) error {
+				failed = append(failed, reported{tenant: t.Slug, status: t.State, from: t.From, to: t.To, duration: t.Duration, err: reportedError(*t.Error)})
+				return nil
+			}, "failed")
+			if err != nil {
+				return err
+			}
+			return show(e, failed, reportColumns)
+		},
+	}
+	cmd.Flags().BoolVar(&tasks, "tenants", false, "the tenants instead: all of them with -o json, those that ask for attention in a table")
+	return cmd
+}
+
+// runVerb is a command that changes a run and does not work on it.
+func runVerb(e *env, verb, short, long string, do func(*rollout.Runner, context.Context, uuid.UUID, string) (rollout.Run, error)) *cobra.Command {
+	return &cobra.Command{
+		Use: verb + " RUN", Short: short, Long: long, Example: "  oneo migrate run " + verb + " last", Args: usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			run, err := a.Rollout.Find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if run, err = do(a.Rollout, cmd.Context(), run.ID, e.actor()); err != nil {
+				return err
+			}
+			if verb == "pause" {
+				e.say("to go on: oneo migrate run resume %s", run.ID)
+			}
+			return showOne(e, run, runColumns)
+		},
+	}
+}
+
+// runOn is a command that opens a run and works on it.
+func runOn(e *env, verb, short, long string, do func(*rollout.Runner, context.Context, uuid.UUID, string) (rollout.Run, error)) *cobra.Command {
+	var o workOptions
+	cmd := &cobra.Command{
+		Use: verb + " RUN", Short: short, Long: long, Example: "  oneo migrate run " + verb + " last --jobs 4", Args: usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			if err := o.check(); err != nil {
+				return err
+			}
+			a, err := e.open()
+			if err != nil {
+				return err
+			}
+			run, err := a.Rollout.Find(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			if run, err = do(a.Rollout, ctx, run.ID, e.actor()); err != nil {
+				return err
+			}
+			if run.Over() {
+				e.say("nothing to do: %s", tally(run))
+				return showOne(e, run, runColumns)
+			}
+			return workOn(ctx, e, a, run, o, nil)
+		},
+	}
+	o.bind(cmd)
+	return cmd
+}

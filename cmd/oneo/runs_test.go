@@ -1,0 +1,296 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/schemas"
+)
+
+// product is a folder of tenant migrations that grows, and an installation with tenants that follow it.
+type product struct {
+	t     *testing.T
+	env   *pgtest.Env
+	admin *pgx.Conn
+	dir   string
+	extra []string
+	head  int
+	n     int
+}
+
+// newProduct makes n tenants at version 2. Whenever a migration of next is committed in a tenant, a trigger notes it in
+// public.executions: that is the truth about how often it ran.
+func newProduct(t *testing.T, n int) *product {
+	t.Helper()
+	p := &product{t: t, env: pgtest.New(t), dir: t.TempDir(), head: 2, n: n}
+	p.extra = []string{"ONEO_SCHEMAS_DIR=" + p.dir, "ONEO_MIGRATE_STALE_AFTER=500ms"}
+	files, err := fs.Sub(schemas.Files, "tenant")
+	require.NoError(t, err)
+	require.NoError(t, os.CopyFS(p.dir, files))
+	p.admin = pgtest.Admin(t, p.env.AdminURL)
+	p.exec(`create table public.executions (schema text not null, version integer not null);
+create function ext.note_execution() returns trigger language plpgsql security definer set search_path to pg_catalog, pg_temp as
+	$$ begin insert into public.executions values (tg_table_schema, new.version); return new; end $$`)
+	for i := range n {
+		tn := p.env.Tenant(t, fmt.Sprintf("t%03d", i))
+		p.exec(fmt.Sprintf(`create table %[1]s.executed (version integer not null); alter table %[1]s.executed owner to oneo_owner_test;
+create trigger note after insert on %[1]s.executed for each row execute function ext.note_execution()`, tn.Schema))
+	}
+	return p
+}
+
+func (p *product) exec(sql string) {
+	p.t.Helper()
+	_, err := p.admin.PgConn().Exec(p.t.Context(), strings.ReplaceAll(sql, "oneo_owner_test", p.owner())).ReadAll()
+	require.NoError(p.t, err, sql)
+}
+
+// owner is the role that migrations run as.
+func (p *product) owner() string {
+	c, err := pgx.ParseConfig(p.env.Group.OwnerURL)
+	require.NoError(p.t, err)
+	return c.User
+}
+
+// next adds a migration with some SQL, and returns its version.
+func (p *product) next(sql string) int {
+	p.t.Helper()
+	p.head++
+	text := fmt.Sprintf("insert into executed (version) values (%d);\nalter table records add column c%[1]d text;\n%s\n", p.head, sql)
+	require.NoError(p.t, os.WriteFile(filepath.Join(p.dir, fmt.Sprintf("%04d_step.up.sql", p.head)), []byte(text), 0o600))
+	down := fmt.Sprintf("alter table records drop column c%d;\n", p.head)
+	require.NoError(p.t, os.WriteFile(filepath.Join(p.dir, fmt.Sprintf("%04d_step.down.sql", p.head)), []byte(down), 0o600))
+	return p.head
+}
+
+func (p *product) run(env []string, args ...string) (stdout, stderr string, code int) {
+	p.t.Helper()
+	return oneo(p.t, p.env, append(p.extra[:len(p.extra):len(p.extra)], env...), args...)
+}
+
+// executedOnce holds that a version was committed exactly once in each tenant, and that ledger and placement say so.
+func (p *product) executedOnce(version int) {
+	p.t.Helper()
+	var tenants, times, ledger, at int
+	const count = `select (select count(distinct schema) from public.executions where version = $1), (select count(*) from public.executions where version = $1),
+(select count(*) from public.ledger where set = 'tenant' and version = $1), (select count(*) from public.placements where version >= $1 and state = 'active')`
+	require.NoError(p.t, p.admin.QueryRow(p.t.Context(), count, version).Scan(&tenants, &times, &ledger, &at))
+	require.Equal(p.t, []int{p.n, p.n, p.n, p.n}, []int{tenants, times, ledger, at}, "tenants, executions, ledger rows and placements at version %d", version)
+}
+
+// F09, F10, F12, F95: kill -9 at every place of a run in the middle of 200 tenants; then the same command again.
+func TestKilledRunsGoOn(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 200)
+	for _, point := range failpoint.All {
+		if !strings.HasPrefix(point, "run.") && point != "migrate.before" && point != "migrate.applied" && point != "migrate.after" {
+			continue
+		}
+		version := p.next("")
+		place := point + "=exit@40"
+		if point == "run.planning" || point == "run.planned" {
+			place = point + "=exit"
+		} else if point == "run.settling" || point == "run.settled" {
+			place = point + "=exit@3"
+		}
+		_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=" + place}, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+		require.Equalf(t, 137, code, "%s did not fire: %s", place, stderr)
+		var done int
+		require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = $1`, version).Scan(&done))
+		require.Less(t, done, 200, "%s: killed in the middle", point)
+
+		_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+		require.Zerof(t, code, "again after %s: %s", place, stderr)
+		if point != "run.planning" {
+			require.Contains(t, stderr, "going on with the run", point)
+		}
+		p.executedOnce(version)
+		_, stderr, code = p.run(nil, "migrate", "status", "--check")
+		require.Zerof(t, code, "%s: %s", point, stderr)
+	}
+	p.env.Invariants(t)
+}
+
+// F12, behaviour 109: several processes at once, of which two are killed; each migration once for each tenant.
+func TestProcessesShareARunOfMigrations(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 120)
+	first := p.next("select pg_sleep(0.005);")
+	second := p.next("")
+	var processes sync.WaitGroup
+	var mu sync.Mutex
+	ids := map[string]bool{}
+	for i := range 4 {
+		processes.Go(func() {
+			env := []string{}
+			if i < 2 {
+				env = append(env, fmt.Sprintf("ONEO_FAILPOINTS=run.claimed=exit@%d", 10+7*i))
+			}
+			_, stderr, code := oneo(t, p.env, append(p.extra[:len(p.extra):len(p.extra)], env...), "migrate", "--all-tenants", "--jobs", "2", "--progress", "none")
+			if i >= 2 && code != 0 {
+				t.Errorf("process %d: exit %d: %s", i, code, stderr)
+			}
+			if _, rest, ok := strings.Cut(stderr, "run "); ok && i >= 2 {
+				mu.Lock()
+				ids[strings.SplitN(rest, ":", 2)[0]] = true
+				mu.Unlock()
+			}
+		})
+	}
+	processes.Wait()
+	p.executedOnce(first)
+	p.executedOnce(second)
+	var runs int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.runs`).Scan(&runs))
+	require.Equal(t, 1, runs, "they all work on one run")
+}
+
+// Ctrl-C finishes what is in hand, exits 130 and says how to go on; that goes on.
+func TestInterruptedRunIsResumed(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 40)
+	version := p.next("select pg_sleep(0.1);")
+	cmd := child(p.env, p.extra, "migrate", "--all-tenants", "--jobs", "2")
+	logs := &buffer{}
+	cmd.Stderr = logs
+	require.NoError(t, cmd.Start())
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"status":"ok"`) }, 20*time.Second, 5*time.Millisecond)
+	require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
+	require.Error(t, cmd.Wait())
+	require.Equal(t, exitInterrupted, cmd.ProcessState.ExitCode(), logs.String())
+	_, rest, ok := strings.Cut(logs.String(), "To go on: oneo ")
+	require.True(t, ok, logs.String())
+	resume := strings.Fields(strings.TrimRight(rest, "\"}\n"))
+	stdout, _, code := p.run(nil, "migrate", "run", "show", "last", "-o", "json")
+	require.Zero(t, code)
+	var shown struct {
+		State    string
+		OK, Left int
+	}
+	require.NoError(t, json.Unmarshal([]byte(stdout), &shown))
+	require.Equal(t, "running", shown.State)
+	require.Positive(t, shown.OK)
+	require.Positive(t, shown.Left)
+	require.Equal(t, 40, shown.OK+shown.Left, "nothing is left in hand")
+	_, stderr, code := p.run(nil, append(resume, "--progress", "none")...)
+	require.Zero(t, code, stderr)
+	p.executedOnce(version)
+}
+
+// F14: a tenant with a long reader is set aside, its other readers go on, and it is done once the reader has ended.
+func TestBusyTenantDoesNotHoldUpARun(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 20)
+	version := p.next("")
+	reader := pgtest.Admin(t, p.env.AdminURL)
+	_, err := reader.PgConn().Exec(t.Context(), `begin; select count(*) from t000.records`).ReadAll()
+	require.NoError(t, err)
+	cmd := child(p.env, append(p.extra, "ONEO_DATABASE_LOCK_TIMEOUT=300ms"), "migrate", "--all-tenants", "--jobs", "2")
+	logs := &buffer{}
+	cmd.Stderr = logs
+	require.NoError(t, cmd.Start())
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, 20*time.Second, 10*time.Millisecond, "the tenant is set aside")
+	require.Eventually(t, func() bool {
+		var done int
+		if err := p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = $1`, version).Scan(&done); err != nil {
+			return false
+		}
+		return done == 19
+	}, 20*time.Second, 10*time.Millisecond, "the others are done meanwhile")
+	longest := time.Duration(0)
+	other := pgtest.Admin(t, p.env.AdminURL)
+	for until := time.Now().Add(2 * time.Second); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
+		start := time.Now()
+		_, err := other.Exec(t.Context(), `select count(*) from t000.records`)
+		require.NoError(t, err)
+		longest = max(longest, time.Since(start))
+	}
+	require.Less(t, longest, 1500*time.Millisecond, "a reader never waits much longer than the lock timeout")
+	_, err = reader.Exec(t.Context(), `rollback`)
+	require.NoError(t, err)
+	require.NoError(t, cmd.Wait(), logs.String())
+	p.executedOnce(version)
+}
+
+// Behaviour 83: when the shared schema fails, no tenant is touched; 84: a failed tenant is named and at its old version.
+func TestFailedTenantIsAtItsOldVersion(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 8)
+	p.next("")
+	version := p.next("alter table records add constraint only_some check (current_schema() <> 't003');\ninsert into pipelines (id, key, name) values (gen_random_uuid(), 'x', 'x');\nselect 1 / (case when current_schema() = 't005' then 0 else 1 end);")
+	stdout, stderr, code := p.run(nil, "migrate", "--all-tenants", "-o", "json")
+	require.Equal(t, exitSomeFailed, code, stderr)
+	var report []struct {
+		Tenant, Status string
+		From, To       int
+		Error          *struct{ Code, SQLState, Message, Hint string }
+	}
+	require.NoError(t, json.Unmarshal([]byte(stdout), &report))
+	for _, r := range report {
+		switch r.Tenant {
+		case "(shared)":
+		case "t005":
+			require.Equal(t, "failed", r.Status)
+			require.Equal(t, 2, r.To, "both of its migrations are rolled back")
+			require.Equal(t, "22012", r.Error.SQLState)
+			require.Contains(t, r.Error.Message, fmt.Sprintf("%04d_step", version))
+			require.NotEmpty(t, r.Error.Hint)
+		default:
+			require.Equal(t, "ok", r.Status, r.Tenant)
+			require.Equal(t, version, r.To)
+		}
+	}
+	require.Len(t, report, 9)
+	var columns int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from information_schema.columns where table_schema = 't005' and table_name = 'records' and column_name like 'c_'`).Scan(&columns))
+	require.Zero(t, columns)
+	stdout, _, code = p.run(nil, "migrate", "status", "--check", "-o", "json")
+	require.Equal(t, exitPending, code)
+	require.Contains(t, stdout, `"failed"`)
+	require.Contains(t, stdout, `"t005"`)
+	require.Contains(t, stdout, `22012`)
+	p.env.Invariants(t)
+}
+
+func TestDownTakesTheFleetBack(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 6)
+	p.next("")
+	p.next("")
+	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	require.Zero(t, code, stderr)
+	_, stderr, code = p.run(nil, "migrate", "down", "--steps", "1", "-t", "t000")
+	require.Equal(t, exitUsage, code)
+	require.Contains(t, stderr, "--yes")
+	_, stderr, code = p.run(nil, "migrate", "down", "--steps", "1", "-t", "t000", "--yes", "--progress", "none")
+	require.Zero(t, code, stderr)
+	stdout, stderr, code := p.run(nil, "migrate", "down", "--to", "2", "--all-tenants", "--yes", "--progress", "none", "-o", "json")
+	require.Zero(t, code, stderr)
+	require.Contains(t, stdout, `"from": 3`)
+	require.Contains(t, stdout, `"from": 4`)
+	_, stderr, code = p.run(nil, "migrate", "down", "--to", "9", "--all-tenants", "--yes")
+	require.Equal(t, exitUsage, code, stderr)
+	var columns int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from information_schema.columns where table_name = 'records' and column_name like 'c_'`).Scan(&columns))
+	require.Zero(t, columns)
+	require.NoError(t, os.Remove(filepath.Join(p.dir, "0003_step.down.sql")))
+	_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	require.Zero(t, code, stderr)
+	_, stderr, code = p.run(nil, "migrate", "down", "--to", "2", "--all-tenants", "--yes")
+	require.Equal(t, exitUsage, code)
+	require.Contains(t, stderr, "0003_step")
+	p.env.Invariants(t)
+}
