@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -21,6 +22,17 @@ type settled struct {
 	counted int           // failures that count against the bound
 	idle    time.Duration // nothing can be claimed for as long as this
 	at      time.Time
+}
+
+// bound is how many more failures end the run.
+func (s settled) bound() int64 {
+	switch {
+	case s.run.Canary && s.run.Wave == 0:
+		return 1
+	case s.run.MaxFailures > 0:
+		return int64(max(1, s.run.MaxFailures-s.counted))
+	}
+	return math.MaxInt64
 }
 
 const (
@@ -101,7 +113,13 @@ from public.runs r where r.id = $1`
 	if len(claimed) == want && want > 0 {
 		s.idle = 0
 	}
-	w.done, w.failures, w.lost = nil, 0, time.Time{}
+	for _, e := range w.done {
+		if e.failed {
+			w.unwritten.Add(-1)
+		}
+	}
+	w.bound.Store(s.bound())
+	w.done, w.lost = nil, time.Time{}
 	w.queue = append(w.queue, claimed...)
 	w.last = s
 	return s, nil

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"runtime/debug"
 	"sync"
@@ -94,21 +95,36 @@ type crew struct {
 	queue  []Task  // claimed and not given to a worker
 	inHand int     // given to a worker
 	done   []ended // to be written
-	// failures of this process since it last wrote: they count against the bound at once.
-	failures   int
+	// unwritten are failures that the run's rows do not hold yet, bound how many the run may have in all. A worker looks
+	// at them itself: it must not begin another tenant before somebody else has counted.
+	unwritten  atomic.Int64
+	bound      atomic.Int64 // less those that are written
 	firstTried map[int]time.Time // of tasks that were set aside
 	last       settled
 	lost       time.Time // since when the database has been away
 }
 
 type ended struct {
-	task Task
-	out  Outcome
-	back bool // not begun
-	wait time.Duration
+	task   Task
+	out    Outcome
+	back   bool // not begun
+	failed bool // counted as a failure
+	wait   time.Duration
+}
+
+// lasting reports whether work failed for a reason that does not pass by itself.
+func lasting(o Outcome) bool {
+	return o.Status == fleet.Failed && !fault.Is(o.Err, fault.Locked) && !fault.Is(o.Err, fault.Unavailable)
+}
+
+func (w *crew) noteFailure() {
+	if w.unwritten.Add(1) >= w.bound.Load() {
+		w.stopping.Store(true)
+	}
 }
 
 func (w *crew) run(ctx context.Context) (Run, error) {
+	w.bound.Store(math.MaxInt64)
 	w.tasks, w.ended = make(chan Task, w.jobs), make(chan ended, 2*w.jobs)
 	// Finishing a tenant is what leaves it whole; interrupting it would only leave more to do again.
 	working := context.WithoutCancel(ctx)
@@ -120,7 +136,11 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 					w.ended <- ended{task: t, back: true}
 					continue
 				}
-				w.ended <- ended{task: t, out: w.guarded(working, t)}
+				out := w.guarded(working, t)
+				if lasting(out) {
+					w.noteFailure()
+				}
+				w.ended <- ended{task: t, out: out}
 			}
 		})
 	}
@@ -253,11 +273,10 @@ func (w *crew) take(e ended) {
 		e = w.decide(e)
 		w.tell(Event{Task: &e.task, Outcome: e.out, Again: e.wait})
 		if e.out.Status == fleet.Failed && e.wait == 0 {
-			w.failures++
-			r := w.last.run
-			if bound := r.MaxFailures; bound > 0 && w.last.counted+w.failures >= bound || r.Canary && e.task.Wave == 0 {
-				w.stopping.Store(true)
+			if !lasting(e.out) {
+				w.noteFailure() // its patience has ended
 			}
+			e.failed = true
 		}
 	}
 	w.done = append(w.done, e)
@@ -265,7 +284,7 @@ func (w *crew) take(e ended) {
 
 // decide sets a task aside whose tenant was busy, for as long as patience lasts.
 func (w *crew) decide(e ended) ended {
-	if e.out.Err == nil || !fault.Is(e.out.Err, fault.Locked) && !fault.Is(e.out.Err, fault.Unavailable) {
+	if e.out.Err == nil || lasting(e.out) {
 		delete(w.firstTried, e.task.Ordinal)
 		return e
 	}
