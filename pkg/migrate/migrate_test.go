@@ -21,7 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/schemas"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func isLocked(err error) bool { return fault.Is(err, fault.Locked) }
 
 func requireFault(t *testing.T, err error, kind fault.Kind, code string) {
 	t.Helper()
@@ -161,7 +161,7 @@ func TestEditedAndNewer(t *testing.T) {
 	before := with(t, env.DB, files("0001_a.up.sql", "create table a (id int);"))
 	a := create(t, provisioner(t, env.DB, before), "acme")
 	edited := with(t, env.DB, files("0001_a.up.sql", "create table a (id bigint);", "0002_b.up.sql", "create table b (id int);"))
-	_, err := edited.TenantsBehind(ctx, "main")
+	_, err := edited.TenantsBehind(ctx, "main", 0)
 	requireFault(t, err, fault.Conflict, "edited_migration")
 	_, err = edited.Tenant(ctx, a, migrate.TenantOptions{})
 	requireFault(t, err, fault.Conflict, "edited_migration")
@@ -178,7 +178,7 @@ func TestEditedAndNewer(t *testing.T) {
 	newer := with(t, env.DB, files("0001_a.up.sql", "create table a (id int);", "0002_b.up.sql", "create table b (id int);"))
 	_, err = newer.Tenant(ctx, a, migrate.TenantOptions{})
 	require.NoError(t, err)
-	_, err = before.TenantsBehind(ctx, "main")
+	_, err = before.TenantsBehind(ctx, "main", 0)
 	requireFault(t, err, fault.Conflict, "newer_database")
 	require.NoError(t, before.SharedBehind(ctx), "a newer binary at work on the tenants must not stop the older servers")
 	create(t, provisioner(t, env.DB, before), "initech")
@@ -272,7 +272,7 @@ func TestNothingPendingTakesNoLock(t *testing.T) {
 		require.NoError(t, err)
 		_, err = m.Tenant(ctx, a, migrate.TenantOptions{})
 		requireFault(t, err, fault.Locked, "operation_running")
-		behind, err := m.TenantsBehind(ctx, "main")
+		behind, err := m.TenantsBehind(ctx, "main", 0)
 		require.NoError(t, err)
 		require.Equal(t, []migrate.Behind{{Number: a.Number, Version: 1}}, behind)
 		return nil
