@@ -30,6 +30,7 @@ var house = map[string]room{
 	"schemas": {layer: 0}, "pkg/fault": {layer: 0}, "pkg/failpoint": {layer: 0},
 	"pkg/tenant": {layer: 1},
 	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/devstack": {layer: 2},
+	"pkg/lint":     {layer: 2},
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/pgtest": {layer: 5},
@@ -52,6 +53,8 @@ var owners = map[string][]string{
 	"github.com/jackc/pgx/v5/pgxpool":         {"pkg/postgres"},
 	"github.com/jackc/pgx/v5/pgconn/ctxwatch": {"pkg/postgres"},
 	"github.com/spf13/cobra":                  {"cmd/oneo"},
+	"github.com/wasilibs/":                    {"pkg/lint"},
+	"github.com/pganalyze/":                   {"pkg/lint"},
 	"golang.org/x/crypto/argon2":              {"pkg/auth"},
 	"golang.org/x/net/idna":                   {"pkg/tenant"},
 }

@@ -60,6 +60,7 @@ nothing is pending, that is one query.`,
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
+	cmd.AddCommand(newMigrateLintCmd(e), newMigrateNewCmd(e))
 	return cmd
 }
 
@@ -189,13 +190,7 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 			return show(e, rows, reportColumns)
 		}
 	}
-	err = migrateTenants(ctx, e, a, o, spec, rows)
-	if o.selector.all && !o.dryRun && !o.rehearse && a.Config.Provisioning.PoolSize > 0 && ctx.Err() == nil {
-		if kerr := a.Provision.KeepSpares(ctx); kerr != nil {
-			e.say("spare schemas were not all brought up, `oneo serve` will: %s", fault.Of(kerr).Message)
-		}
-	}
-	return err
+	return migrateTenants(ctx, e, a, o, spec, rows)
 }
 
 // migrateTenants plans the run over the tenants that lack migrations, and works on it.

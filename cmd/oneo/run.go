@@ -34,6 +34,7 @@ const (
 	exitNotFound    = 10
 	exitLocked      = 11
 	exitPending     = 13
+	exitUnverified  = 14
 	exitInterrupted = 130
 )
 
@@ -48,6 +49,7 @@ const exitCodes = `Exit codes
    10  tenant, user, key or operation not found
    11  locked by another operation
    13  something is pending (migrate status --check)
+   14  verification failed (migrate lint found errors)
   130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
 `
 

@@ -78,11 +78,9 @@ func (a *App) open() (err error) {
 		return err
 	}
 	a.onClose(a.Cache.Close)
-	mo := migrate.Options{Files: schemas.Files}
-	if c.Schemas.Dir != "" {
-		if mo.Tenant, err = folder(c.Schemas.Dir); err != nil {
-			return err
-		}
+	mo, err := migrations(c)
+	if err != nil {
+		return err
 	}
 	if a.Migrate, err = migrate.New(a.DB, mo); err != nil {
 		return err
@@ -107,6 +105,28 @@ func (a *App) open() (err error) {
 	}
 	a.Rollout, err = rollout.New(rollout.Options{DB: a.DB, StaleAfter: c.Migrate.StaleAfter, Logger: a.Log})
 	return err
+}
+
+// migrations says where a configuration has its migrations.
+func migrations(c config.Config) (o migrate.Options, err error) {
+	o.Files = schemas.Files
+	if c.Schemas.Dir != "" {
+		o.Tenant, err = folder(c.Schemas.Dir)
+	}
+	return o, err
+}
+
+// Migrations are a set of a configuration's migrations, which are read without a database.
+func Migrations(c config.Config, set migrate.Set) ([]migrate.File, error) {
+	o, err := migrations(c)
+	if err != nil {
+		return nil, err
+	}
+	m, err := migrate.New(nil, o)
+	if err != nil {
+		return nil, err
+	}
+	return m.Files(set), nil
 }
 
 func folder(dir string) (fs.FS, error) {

@@ -119,13 +119,10 @@ func (a *apart) sum(n int) []byte {
 	return h.Sum(nil)
 }
 
-// note writes that so many statements are done, and that the next one is at work, if it is.
-func (a *apart) note(ctx context.Context, statements int, atWork bool) error {
+// note writes the progress.
+func (a *apart) note(ctx context.Context, statements, begun int) error {
 	p := a.p
-	p.statements, p.checksum, p.begun = statements, a.sum(statements), nil
-	if atWork {
-		p.begun = sumOf(a.f.steps[statements])
-	}
+	p.statements, p.begun, p.checksum = statements, begun, a.sum(statements)
 	if err := p.write(ctx, a.s, a.t.Number, a.f.Version); err != nil {
 		return err
 	}
@@ -133,36 +130,30 @@ func (a *apart) note(ctx context.Context, statements int, atWork bool) error {
 	return nil
 }
 
-func sumOf(s statement) []byte {
-	sum := sha256.Sum256([]byte(s.text))
-	return sum[:]
-}
-
-// next carries out the statement i. Of one that cannot be in a transaction, what it is to change is looked at first:
-// only when that is as before the statement is it noted to be at work, so that what is found afterwards is its doing.
+// next carries out the statement i.
 func (a *apart) next(ctx context.Context, i int) error {
 	sh, text := a.f.shapes[i], a.f.steps[i].text
 	if sh.form == ordinary {
 		return a.inTx(ctx, i, text)
 	}
-	begun := bytes.Equal(a.p.begun, sumOf(a.f.steps[i]))
-	before := true // what it is to change is as before it
+	begun := a.p.begun > i
 	switch sh.form {
 	case createIndex:
 		there, err := a.index(ctx, sh.name)
 		if err != nil {
 			return err
 		}
-		if there.table == sh.table && there.invalid {
+		ours := there.table == sh.table
+		if ours && there.invalid {
 			if err := a.dropInvalid(ctx, sh.name); err != nil {
 				return err
 			}
 			there = index{}
 		}
-		if begun && there.table == sh.table {
-			return a.note(ctx, i+1, false)
+		if begun && ours && there.table != "" {
+			return a.note(ctx, i+1, i+1)
 		}
-		if before = there.table == ""; before {
+		if there.table == "" {
 			empty, err := a.empty(ctx, sh.table)
 			if err != nil {
 				return err
@@ -176,8 +167,8 @@ func (a *apart) next(ctx context.Context, i int) error {
 		if err != nil {
 			return err
 		}
-		if before = there.table != ""; begun && !before {
-			return a.note(ctx, i+1, false)
+		if begun && there.table == "" {
+			return a.note(ctx, i+1, i+1)
 		}
 	case reindex:
 		left, err := a.leftOf(ctx, sh)
@@ -194,15 +185,15 @@ func (a *apart) next(ctx context.Context, i int) error {
 		if err != nil {
 			return err
 		}
-		if before = attached; begun && !before {
-			return a.note(ctx, i+1, false)
+		if begun && !attached {
+			return a.note(ctx, i+1, i+1)
 		}
 		if pending {
 			text = "alter table " + postgres.Quote(sh.table) + " detach partition " + postgres.Quote(sh.name) + " finalize"
 		}
 	}
-	if !begun && before {
-		if err := a.note(ctx, i, true); err != nil {
+	if !begun {
+		if err := a.note(ctx, i, i+1); err != nil {
 			return err
 		}
 	}
@@ -222,7 +213,7 @@ func (a *apart) next(ctx context.Context, i int) error {
 	if err := failpoint.Hit("migrate.statement"); err != nil {
 		return err
 	}
-	return a.note(ctx, i+1, false)
+	return a.note(ctx, i+1, i+1)
 }
 
 // inTx carries a statement out in a transaction, with the note that it was done.
@@ -233,7 +224,7 @@ func (a *apart) inTx(ctx context.Context, i int, text string) error {
 			if err := a.s.Script(ctx, text); err != nil {
 				return a.failed(err, i)
 			}
-			return a.note(ctx, i+1, false)
+			return a.note(ctx, i+1, i+1)
 		})
 		if err != nil {
 			a.p = before

@@ -308,6 +308,17 @@ var (
 	knownDirectives = []string{"no-transaction", "breaking", "batch", "beside"}
 )
 
+// directiveIn is what a line says to the engine. What it allows the linter may stand above any statement, and the linter
+// checks it.
+func directiveIn(line string) (word, value string, found bool) {
+	m := directive.FindStringSubmatch(line)
+	if m == nil {
+		return "", "", false
+	}
+	word, value, _ = strings.Cut(m[1], " ")
+	return word, strings.TrimSpace(value), word != "allow"
+}
+
 func (p parser) directives(text string) (d directives, err error) {
 	seen := map[string]bool{}
 	rest, line := text, 0
@@ -319,12 +330,10 @@ func (p parser) directives(text string) (d directives, err error) {
 		}
 		rest = after
 		line++
-		m := directive.FindStringSubmatch(l)
-		if m == nil {
+		word, value, found := directiveIn(l)
+		if !found {
 			continue
 		}
-		word, value, _ := strings.Cut(m[1], " ")
-		value = strings.TrimSpace(value)
 		if seen[word] {
 			return d, p.bad(line, "the directive %s stands twice", word)
 		}
@@ -356,7 +365,10 @@ func (p parser) directives(text string) (d directives, err error) {
 	for i := 0; i < len(rest); {
 		t := next(rest, i)
 		i = t.end
-		if t.kind == space && directive.MatchString(strings.TrimRight(rest[t.start:t.end], "\r\n")) {
+		if t.kind != space {
+			continue
+		}
+		if _, _, found := directiveIn(strings.TrimRight(rest[t.start:t.end], "\r\n")); found {
 			return d, p.bad(line+lineAt(rest, t.start), "a directive stands below the first statement").
 				WithHint("directives are comment lines at the top of the file")
 		}
@@ -364,17 +376,12 @@ func (p parser) directives(text string) (d directives, err error) {
 	return d, nil
 }
 
-var gooseUp = regexp.MustCompile(`(?im)^\s*--\s*\+goose\s+up\s*$`)
-
 var gooseLine = regexp.MustCompile(`(?i)^--\s*\+goose\s+(.*?)\s*$`)
 
 // goose reads a file that holds both steps. Lines keep their numbers: what does not belong to a step is left blank.
 func (p parser) goose(text string) error {
 	bad := func(line int, format string, args ...any) error {
 		return p.bad(line, format, args...).WithHint("a file of goose has -- +goose Up, its statements, and where it can be taken back -- +goose Down")
-	}
-	if !gooseUp.MatchString(text) {
-		return badFiles(p.dir, "%s is not named like a migration, and is no file of goose: it has no line -- +goose Up", p.file)
 	}
 	var d directives
 	var up, down strings.Builder
@@ -412,7 +419,10 @@ func (p parser) goose(text string) error {
 			down.WriteString("\n")
 		}
 	}
-	if inStatement > 0 {
+	switch {
+	case section == "":
+		return badFiles(p.dir, "%s is not named like a migration, and is no file of goose: it has no line -- +goose Up", p.file)
+	case inStatement > 0:
 		return bad(inStatement, "StatementBegin without StatementEnd")
 	}
 	own, err := p.directives(up.String())

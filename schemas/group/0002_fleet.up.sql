@@ -2,9 +2,12 @@
 
 -- spare: a schema of the warm pool, which no tenant has claimed yet.
 alter table public.placements drop constraint placements_state_check;
+-- oneo: allow add-check one short row for each tenant, read in milliseconds
 alter table public.placements add constraint placements_state_check check (state in ('active', 'suspended', 'dropped', 'spare'));
+-- oneo: allow create-index one short row for each tenant
 create index placements_spare on public.placements (number) where state = 'spare';
 -- The least head that a binary must have to serve this tenant: raised by migrations marked as breaking.
+-- oneo: allow add-check one short row for each tenant
 alter table public.placements add column reader integer not null default 0 check (reader >= 0);
 
 -- How far a migration is that is more than one transaction: a file without a transaction, or a data migration. The row
@@ -15,10 +18,10 @@ create table public.progress (
     -- Of a data migration: of its file. Of a file without a transaction: of the statements that are done, because it is
     -- continued only where those are unchanged; one that fails can be mended.
     checksum   bytea not null check (octet_length(checksum) = 32),
+    -- How many statements are done, and the one that was begun last: of what cannot be in a transaction with this row,
+    -- nobody knows whether it was done when the process died.
     statements integer not null default 0 check (statements >= 0),
-    -- The checksum of the statement at work that cannot be in a transaction with this row: when the process dies, nobody
-    -- knows whether it was done.
-    begun      bytea check (octet_length(begun) = 32),
+    begun      integer not null default 0 check (begun between 0 and statements + 1),
     -- More rows than this a data migration cannot have to change: one that does changes the same rows again.
     bound      bigint not null default 0 check (bound >= 0),
     batches    bigint not null default 0 check (batches >= 0),

@@ -2,6 +2,7 @@
 -- a task for each of its tenants. Any number of processes claim tasks and may die.
 
 alter table public.operations drop constraint operations_state_check;
+-- oneo: allow add-check a short row for each operation so far, read in milliseconds
 alter table public.operations add constraint operations_state_check
     check (state in ('queued', 'running', 'paused', 'done', 'failed', 'aborted'));
 
