@@ -190,7 +190,13 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 			return show(e, rows, reportColumns)
 		}
 	}
-	return migrateTenants(ctx, e, a, o, spec, rows)
+	err = migrateTenants(ctx, e, a, o, spec, rows)
+	if o.selector.all && !o.dryRun && !o.rehearse && a.Config.Provisioning.PoolSize > 0 && ctx.Err() == nil {
+		if kerr := a.Provision.KeepSpares(ctx); kerr != nil {
+			e.say("spare schemas were not all brought up, `oneo serve` will: %s", fault.Of(kerr).Message)
+		}
+	}
+	return err
 }
 
 // migrateTenants plans the run over the tenants that lack migrations, and works on it.

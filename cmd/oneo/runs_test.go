@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -293,4 +294,31 @@ func TestDownTakesTheFleetBack(t *testing.T) {
 	require.Equal(t, exitUsage, code)
 	require.Contains(t, stderr, "0003_step")
 	p.env.Invariants(t)
+}
+
+// F97: a run through PgBouncer in transaction mode, killed in the middle and resumed; a file without a transaction goes
+// past it.
+func TestRunThroughPgBouncer(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 60)
+	bouncer := p.env.PgBouncer(t, 3)
+	through := func(raw string) string {
+		u, err := url.Parse(raw)
+		require.NoError(t, err)
+		u.Host = bouncer
+		return u.String()
+	}
+	p.extra = append(p.extra, "ONEO_DATABASE_STATEMENTS=unprepared", "ONEO_DATABASE_URL="+through(p.env.Group.URL),
+		"ONEO_DATABASE_OWNER_URL="+through(p.env.Group.OwnerURL), "ONEO_DATABASE_DIRECT_URL="+p.env.Group.OwnerURL)
+	version := p.next("")
+	text := "-- oneo: no-transaction\ncreate index concurrently records_version on records (version);\ninsert into executed (version) values (4);\n"
+	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "0004_index.up.sql"), []byte(text), 0o600))
+	_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=run.worked=exit@20"}, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+	require.Equal(t, 137, code, stderr)
+	_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+	require.Zero(t, code, stderr)
+	p.executedOnce(version)
+	p.executedOnce(4)
+	_, stderr, code = p.run(nil, "migrate", "status", "--check")
+	require.Zero(t, code, stderr)
 }

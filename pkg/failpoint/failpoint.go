@@ -28,7 +28,9 @@ var All = []string{
 	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",
 	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
 	"spare.removed", "spare.made",
-	"migrate.before", "migrate.applied", "migrate.after",
+	"migrate.before", "migrate.applied", "migrate.tidied", "migrate.begun", "migrate.statement", "migrate.finish",
+	"migrate.batch", "migrate.batched", "migrate.after",
+	"down.before", "down.applied", "down.after",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 }
 

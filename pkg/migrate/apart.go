@@ -119,10 +119,13 @@ func (a *apart) sum(n int) []byte {
 	return h.Sum(nil)
 }
 
-// note writes the progress.
-func (a *apart) note(ctx context.Context, statements, begun int) error {
+// note writes that so many statements are done, and that the next one is at work, if it is.
+func (a *apart) note(ctx context.Context, statements int, atWork bool) error {
 	p := a.p
-	p.statements, p.begun, p.checksum = statements, begun, a.sum(statements)
+	p.statements, p.checksum, p.begun = statements, a.sum(statements), nil
+	if atWork {
+		p.begun = sumOf(a.f.steps[statements])
+	}
 	if err := p.write(ctx, a.s, a.t.Number, a.f.Version); err != nil {
 		return err
 	}
@@ -130,30 +133,36 @@ func (a *apart) note(ctx context.Context, statements, begun int) error {
 	return nil
 }
 
-// next carries out the statement i.
+func sumOf(s statement) []byte {
+	sum := sha256.Sum256([]byte(s.text))
+	return sum[:]
+}
+
+// next carries out the statement i. Of one that cannot be in a transaction, what it is to change is looked at first:
+// only when that is as before the statement is it noted to be at work, so that what is found afterwards is its doing.
 func (a *apart) next(ctx context.Context, i int) error {
 	sh, text := a.f.shapes[i], a.f.steps[i].text
 	if sh.form == ordinary {
 		return a.inTx(ctx, i, text)
 	}
-	begun := a.p.begun > i
+	begun := bytes.Equal(a.p.begun, sumOf(a.f.steps[i]))
+	before := true // what it is to change is as before it
 	switch sh.form {
 	case createIndex:
 		there, err := a.index(ctx, sh.name)
 		if err != nil {
 			return err
 		}
-		ours := there.table == sh.table
-		if ours && there.invalid {
+		if there.table == sh.table && there.invalid {
 			if err := a.dropInvalid(ctx, sh.name); err != nil {
 				return err
 			}
 			there = index{}
 		}
-		if begun && ours && there.table != "" {
-			return a.note(ctx, i+1, i+1)
+		if begun && there.table == sh.table {
+			return a.note(ctx, i+1, false)
 		}
-		if there.table == "" {
+		if before = there.table == ""; before {
 			empty, err := a.empty(ctx, sh.table)
 			if err != nil {
 				return err
@@ -167,8 +176,8 @@ func (a *apart) next(ctx context.Context, i int) error {
 		if err != nil {
 			return err
 		}
-		if begun && there.table == "" {
-			return a.note(ctx, i+1, i+1)
+		if before = there.table != ""; begun && !before {
+			return a.note(ctx, i+1, false)
 		}
 	case reindex:
 		left, err := a.leftOf(ctx, sh)
@@ -185,15 +194,15 @@ func (a *apart) next(ctx context.Context, i int) error {
 		if err != nil {
 			return err
 		}
-		if begun && !attached {
-			return a.note(ctx, i+1, i+1)
+		if before = attached; begun && !before {
+			return a.note(ctx, i+1, false)
 		}
 		if pending {
 			text = "alter table " + postgres.Quote(sh.table) + " detach partition " + postgres.Quote(sh.name) + " finalize"
 		}
 	}
-	if !begun {
-		if err := a.note(ctx, i, i+1); err != nil {
+	if !begun && before {
+		if err := a.note(ctx, i, true); err != nil {
 			return err
 		}
 	}
@@ -213,7 +222,7 @@ func (a *apart) next(ctx context.Context, i int) error {
 	if err := failpoint.Hit("migrate.statement"); err != nil {
 		return err
 	}
-	return a.note(ctx, i+1, i+1)
+	return a.note(ctx, i+1, false)
 }
 
 // inTx carries a statement out in a transaction, with the note that it was done.
@@ -224,7 +233,7 @@ func (a *apart) inTx(ctx context.Context, i int, text string) error {
 			if err := a.s.Script(ctx, text); err != nil {
 				return a.failed(err, i)
 			}
-			return a.note(ctx, i+1, i+1)
+			return a.note(ctx, i+1, false)
 		})
 		if err != nil {
 			a.p = before

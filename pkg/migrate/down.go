@@ -197,12 +197,13 @@ func (m *Migrator) recordMarked(ctx context.Context, tx *postgres.OwnerTx, numbe
 
 // progress is a row of public.progress.
 type progress struct {
-	checksum          []byte
-	statements, begun int
-	batches, rows     int64
-	bound             int64
-	beside            bool
-	changed           int64 // by the batch at hand; not in the row
+	checksum      []byte
+	statements    int
+	begun         []byte // checksum of the statement at work; nil: none
+	batches, rows int64
+	bound         int64
+	beside        bool
+	changed       int64 // by the batch at hand; not in the row
 }
 
 func readProgress(ctx context.Context, q postgres.Querier, number int32, version int) (p progress, found bool, err error) {

@@ -376,12 +376,17 @@ func (p parser) directives(text string) (d directives, err error) {
 	return d, nil
 }
 
+var gooseUp = regexp.MustCompile(`(?im)^\s*--\s*\+goose\s+up\s*$`)
+
 var gooseLine = regexp.MustCompile(`(?i)^--\s*\+goose\s+(.*?)\s*$`)
 
 // goose reads a file that holds both steps. Lines keep their numbers: what does not belong to a step is left blank.
 func (p parser) goose(text string) error {
 	bad := func(line int, format string, args ...any) error {
 		return p.bad(line, format, args...).WithHint("a file of goose has -- +goose Up, its statements, and where it can be taken back -- +goose Down")
+	}
+	if !gooseUp.MatchString(text) {
+		return badFiles(p.dir, "%s is not named like a migration, and is no file of goose: it has no line -- +goose Up", p.file)
 	}
 	var d directives
 	var up, down strings.Builder
@@ -419,10 +424,7 @@ func (p parser) goose(text string) error {
 			down.WriteString("\n")
 		}
 	}
-	switch {
-	case section == "":
-		return badFiles(p.dir, "%s is not named like a migration, and is no file of goose: it has no line -- +goose Up", p.file)
-	case inStatement > 0:
+	if inStatement > 0 {
 		return bad(inStatement, "StatementBegin without StatementEnd")
 	}
 	own, err := p.directives(up.String())

@@ -285,10 +285,12 @@ select $1, $2, v, n, c, $6 from unnest($3::int4[], $4::text[], $5::bytea[]) as f
 	return err
 }
 
-// Behind is a placement that lacks migrations.
+// Behind is a tenant that lacks migrations.
 type Behind struct {
 	Number  int32
 	Version int
+	// Beside: what it lacks is the batches of a data migration whose ledger row it has.
+	Beside bool
 }
 
 // contentsQuery reads each (set, version, checksum) that was ever applied, skipping through the index, so that its cost
@@ -306,14 +308,25 @@ select a.set, a.version, a.checksum, 0 from applied a`
 
 const behindQuery = contentsQuery + `
 union all
-select 'behind', p.version, null, p.number from public.placements p where p.state <> 'dropped' and p.version < $1`
+select 'behind', p.version, null, p.number from public.placements p where p.state <> 'dropped' and p.state <> 'spare' and p.version < $1
+union all
+select distinct 'beside', p.version, null::bytea, p.number from public.progress g join public.placements p on p.number = g.tenant
+where g.beside and p.state <> 'dropped' and p.state <> 'spare' and p.version >= $1`
 
-// TenantsBehind lists the tenants of a group that lack migrations, in one query. It refuses files that were changed
-// after they had been applied.
+// TenantsBehind lists the tenants of a group that lack migrations, or have a data migration that is still at work beside
+// others: in one query. It refuses files that were changed after they had been applied to anybody, as CheckApplied
+// does. Spares of the warm pool are no tenants.
 func (m *Migrator) TenantsBehind(ctx context.Context, group string) ([]Behind, error) {
 	var behind []Behind
 	_, err := m.readContents(ctx, group, behindQuery, []any{m.Head(TenantSet)}, []Set{TenantSet}, func(b Behind) { behind = append(behind, b) })
 	return behind, err
+}
+
+// CheckApplied refuses tenant migrations that differ from what was applied to any tenant of a group, and a group that is
+// at a newer version than this binary's: Conflict. A run asks it once; Tenant looks at the tenant's own rows only.
+func (m *Migrator) CheckApplied(ctx context.Context, group string) error {
+	_, err := m.contents(ctx, group, TenantSet)
+	return err
 }
 
 // contents returns the newest version applied anywhere of each set, and refuses changed files of those that are given.
@@ -349,8 +362,8 @@ func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql stri
 	var sum []byte
 	var number int32
 	_, err = pgx.ForEachRow(rows, []any{&set, &version, &sum, &number}, func() error {
-		if set == "behind" {
-			behind(Behind{Number: number, Version: version})
+		if set == "behind" || set == "beside" {
+			behind(Behind{Number: number, Version: version, Beside: set == "beside"})
 			return nil
 		}
 		heads[Set(set)] = max(heads[Set(set)], version)
@@ -404,12 +417,25 @@ type VersionCount struct {
 	Group   string `json:"group"`
 	Version int    `json:"version"`
 	Tenants int    `json:"tenants"`
+	Behind  int    `json:"behind"` // versions up to the head; 0 also for those that are further than it
 }
 
-// Status is where the fleet stands.
+// Unfinished is a migration that some tenants of a group have begun and not finished: a file without a transaction, or
+// a data migration.
+type Unfinished struct {
+	Group   string `json:"group"`
+	Version int    `json:"version"`
+	Name    string `json:"name"`
+	Beside  bool   `json:"beside"` // the tenants are counted as having its version
+	Tenants int    `json:"tenants"`
+	Rows    int64  `json:"rows"` // changed so far, by all of them
+}
+
+// Status is where the fleet stands. Spares of the warm pool are no part of it.
 type Status struct {
-	Head     int
-	Versions []VersionCount
+	Head       int
+	Versions   []VersionCount
+	Unfinished []Unfinished
 	// Missing are the numbers of tenants whose schema was dropped, or dropped and made again, behind oneo's back.
 	Missing []int32
 }
@@ -421,33 +447,50 @@ func (m *Migrator) Status(ctx context.Context) (Status, error) {
 		if _, err := m.contents(ctx, group, GroupSet, SharedSet, TenantSet); err != nil {
 			return st, err
 		}
-		err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
-			const counts = `select version, count(*) from public.placements where state <> 'dropped' group by version order by version desc`
-			rows, err := tx.Query(ctx, counts)
-			if err != nil {
-				return err
-			}
-			vc := VersionCount{Group: group}
-			if _, err := pgx.ForEachRow(rows, []any{&vc.Version, &vc.Tenants}, func() error {
-				st.Versions = append(st.Versions, vc)
-				return nil
-			}); err != nil {
-				return err
-			}
-			const missing = `select p.number from public.placements p
-left join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema
-where n.oid is null and p.state <> 'dropped' order by p.number`
-			rows, err = tx.Query(ctx, missing)
-			if err != nil {
-				return err
-			}
-			numbers, err := pgx.CollectRows(rows, pgx.RowTo[int32])
-			st.Missing = append(st.Missing, numbers...)
-			return err
-		})
-		if err != nil {
+		if err := m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error { return m.statusOf(ctx, tx, group, &st) }); err != nil {
 			return st, err
 		}
 	}
 	return st, nil
+}
+
+func (m *Migrator) statusOf(ctx context.Context, tx *postgres.OwnerTx, group string, st *Status) error {
+	const counts = `select version, count(*) from public.placements where state <> 'dropped' and state <> 'spare' group by version order by version desc`
+	rows, err := tx.Query(ctx, counts)
+	if err != nil {
+		return err
+	}
+	vc := VersionCount{Group: group}
+	if _, err := pgx.ForEachRow(rows, []any{&vc.Version, &vc.Tenants}, func() error {
+		vc.Behind = max(0, st.Head-vc.Version)
+		st.Versions = append(st.Versions, vc)
+		return nil
+	}); err != nil {
+		return err
+	}
+	const unfinished = `select g.version, g.beside, count(*), sum(g.rows)::int8 from public.progress g join public.placements p on p.number = g.tenant
+where p.state <> 'dropped' and p.state <> 'spare' group by g.version, g.beside order by g.version`
+	if rows, err = tx.Query(ctx, unfinished); err != nil {
+		return err
+	}
+	u := Unfinished{Group: group}
+	if _, err := pgx.ForEachRow(rows, []any{&u.Version, &u.Beside, &u.Tenants, &u.Rows}, func() error {
+		u.Name = ""
+		if u.Version <= st.Head {
+			u.Name = m.sets[TenantSet][u.Version-1].Name
+		}
+		st.Unfinished = append(st.Unfinished, u)
+		return nil
+	}); err != nil {
+		return err
+	}
+	const missing = `select p.number from public.placements p
+left join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema
+where n.oid is null and p.state <> 'dropped' and p.state <> 'spare' order by p.number`
+	if rows, err = tx.Query(ctx, missing); err != nil {
+		return err
+	}
+	numbers, err := pgx.CollectRows(rows, pgx.RowTo[int32])
+	st.Missing = append(st.Missing, numbers...)
+	return err
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/schemas"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func isLocked(err error) bool { return fault.Is(err, fault.Locked) }
 
 func requireFault(t *testing.T, err error, kind fault.Kind, code string) {
 	t.Helper()

@@ -367,6 +367,13 @@ func (w *work) run(ctx context.Context, tx *postgres.OwnerTx, xid string, steps 
 		if err := guarded(s.file, func() error { return s.fn(ctx, tx) }); err != nil {
 			return funcFailed(err, s.file)
 		}
+		after, err := Transaction(ctx, tx)
+		if err == nil {
+			err = SameTransaction(xid, after)
+		}
+		if err != nil {
+			return funcFailed(err, s.file)
+		}
 	}
 	// A constraint that waits for the commit is looked at while it can still be told from a lost connection.
 	sc.then("set constraints all immediate")

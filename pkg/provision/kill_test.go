@@ -59,11 +59,11 @@ func (k task) child() error {
 		return err
 	}
 	defer db.Close()
-	_, p, m, err := openOn(db, k.pool)
+	_, p, _, err := openOn(db, k.pool)
 	if err != nil {
 		return err
 	}
-	return k.do(context.Background(), db, p, m)
+	return k.do(context.Background(), p)
 }
 
 func (k task) pool(o *provision.Options) { o.PoolSize = k.PoolSize }
@@ -88,7 +88,7 @@ func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, 
 	return db, p, m, err
 }
 
-func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner, m *migrate.Migrator) error {
+func (k task) do(ctx context.Context, p *provision.Provisioner) error {
 	acme, err := tenant.ParseSlug("acme")
 	if err != nil {
 		return err
@@ -116,11 +116,6 @@ func (k task) do(ctx context.Context, db *postgres.DB, p *provision.Provisioner,
 		if err = p.KeepSpares(ctx); err == nil {
 			p.KeepPools(ctx)
 		}
-	case "migrate":
-		var t tenant.Tenant
-		if t, err = find(ctx, db, acme.String()); err == nil {
-			_, err = m.Tenant(ctx, t, migrate.TenantOptions{})
-		}
 	default:
 		err = fmt.Errorf("no operation %q", k.Operation)
 	}
@@ -133,8 +128,8 @@ func TestKillEverywhere(t *testing.T) {
 	t.Parallel()
 	for _, group := range []string{"main", "second"} {
 		for _, place := range slices.Concat(failpoint.All, claiming) {
-			if strings.HasPrefix(place, "run.") { // of runs over the fleet: cmd/oneo kills those
-				continue
+			if strings.HasPrefix(place, "run.") || strings.HasPrefix(place, "migrate.") || strings.HasPrefix(place, "down.") {
+				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate does
 			}
 			t.Run(group+" "+place, func(t *testing.T) {
 				t.Parallel()
@@ -164,7 +159,7 @@ func TestKillEverywhere(t *testing.T) {
 				// The connections of the dead process may take a moment to end, and its operation to go stale.
 				pause := time.NewTimer(250 * time.Millisecond)
 				<-pause.C
-				err = k.do(ctx, f.db, f.p, f.m)
+				err = k.do(ctx, f.p)
 				// When the dead process had finished, or its operation is finished first, doing it again may say so.
 				if err != nil {
 					require.Truef(t, strings.Contains(err.Error(), "exists already") || strings.Contains(err.Error(), "there is no tenant") ||
@@ -231,18 +226,13 @@ func (f fixture) prepare(t *testing.T, operation, group string) {
 		f.spoil(t, group, f.spares(t, group)[0], behind)
 		return
 	}
-	made := f.create(t, "acme", group)
+	f.create(t, "acme", group)
 	var err error
 	switch operation {
 	case "resume":
 		_, err = f.p.Suspend(ctx, acme, "test")
 	case "undrop", "purge":
 		_, err = f.p.Drop(ctx, acme, 0, "test")
-	case "migrate": // back to version 1
-		down := f.m.Files(migrate.TenantSet)[1].Down
-		err = f.db.AsOwnerIn(ctx, made, func(tx *postgres.OwnerTx) error {
-			return tx.Script(ctx, down+fmt.Sprintf("; delete from public.ledger where set = 'tenant' and tenant = %d and version > 1; update public.placements set version = 1 where number = %[1]d", made.Number))
-		})
 	}
 	require.NoError(t, err)
 }

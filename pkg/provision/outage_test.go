@@ -102,7 +102,7 @@ func TestConnectionsLostDuringCreate(t *testing.T) {
 				}
 				pause := time.NewTimer(250 * time.Millisecond) // until the child's operation has gone stale
 				<-pause.C
-				if err := k.do(t.Context(), f.db, f.p, f.m); err != nil {
+				if err := k.do(t.Context(), f.p); err != nil {
 					require.Contains(t, err.Error(), "exists already")
 				}
 				f.reached(t, "create", group)

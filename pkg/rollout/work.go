@@ -98,7 +98,7 @@ type crew struct {
 	// unwritten are failures that the run's rows do not hold yet, bound how many the run may have in all. A worker looks
 	// at them itself: it must not begin another tenant before somebody else has counted.
 	unwritten  atomic.Int64
-	bound      atomic.Int64 // less those that are written
+	bound      atomic.Int64      // less those that are written
 	firstTried map[int]time.Time // of tasks that were set aside
 	last       settled
 	lost       time.Time // since when the database has been away

@@ -18,10 +18,10 @@ create table public.progress (
     -- Of a data migration: of its file. Of a file without a transaction: of the statements that are done, because it is
     -- continued only where those are unchanged; one that fails can be mended.
     checksum   bytea not null check (octet_length(checksum) = 32),
-    -- How many statements are done, and the one that was begun last: of what cannot be in a transaction with this row,
-    -- nobody knows whether it was done when the process died.
     statements integer not null default 0 check (statements >= 0),
-    begun      integer not null default 0 check (begun between 0 and statements + 1),
+    -- The checksum of the statement at work that cannot be in a transaction with this row: when the process dies, nobody
+    -- knows whether it was done.
+    begun      bytea check (octet_length(begun) = 32),
     -- More rows than this a data migration cannot have to change: one that does changes the same rows again.
     bound      bigint not null default 0 check (bound >= 0),
     batches    bigint not null default 0 check (batches >= 0),
