@@ -102,6 +102,9 @@ func (tx *OwnerTx) countBind() {
 	data[ownerBindsKey] = n + 1
 }
 
+// Retire closes the connection when the transaction ends: its backend will hold more than a later user should pay for.
+func (tx *OwnerTx) Retire() { tx.conn.Conn().PgConn().CustomData()[ownerBindsKey] = ownerBinds }
+
 // ownerWorn reports whether a connection of the owner has worked for so many tenants that a new one is cheaper.
 func ownerWorn(c *pgxpool.Conn) bool {
 	n, _ := c.Conn().PgConn().CustomData()[ownerBindsKey].(int)
