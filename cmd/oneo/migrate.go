@@ -61,6 +61,7 @@ nothing is pending, that is one query.`,
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
 	cmd.AddCommand(newMigrateLintCmd(e), newMigrateNewCmd(e))
+	cmd.AddCommand(newMigrateDriftCmd(e))
 	return cmd
 }
 

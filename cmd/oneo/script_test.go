@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -74,6 +75,21 @@ func TestScripts(t *testing.T) {
 				if code != args[0] {
 					ts.Fatalf("exit code %s, want %s", code, args[0])
 				}
+			},
+			// sql TEXT, or sql @FILE: runs statements as the owner, past oneo.
+			"sql": func(ts *testscript.TestScript, neg bool, args []string) {
+				if neg || len(args) != 1 {
+					ts.Fatalf("usage: sql TEXT|@FILE")
+				}
+				text := args[0]
+				if file, ok := strings.CutPrefix(text, "@"); ok {
+					text = ts.ReadFile(file)
+				}
+				ctx := context.Background()
+				c, err := pgx.Connect(ctx, ts.Getenv("ONEO_DATABASE_OWNER_URL"))
+				ts.Check(err)
+				defer c.Close(ctx)
+				ts.Check(c.PgConn().Exec(ctx, text).Close())
 			},
 		},
 	})

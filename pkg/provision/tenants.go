@@ -18,6 +18,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -404,17 +405,13 @@ func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst post
 		return err
 	}
 	role := p.role(inst, at.number)
-	qschema, qrole := postgres.Quote(at.schema.String()), postgres.Quote(role)
+	qrole := postgres.Quote(role)
 	var b strings.Builder
 	if p.o.DB.Isolation() == postgres.ByRole {
 		fmt.Fprintf(&b, "create role %s nologin noinherit;\n", qrole)
 		fmt.Fprintf(&b, "grant %s to %s;\n", qrole, postgres.Quote(inst.LoginOf(at.number)))
 	}
-	fmt.Fprintf(&b, "create schema %s;\nset local search_path to %s, ext, pg_temp;\n", qschema, qschema)
-	fmt.Fprintf(&b, "grant usage on schema %s to %s;\n", qschema, qrole)
-	// Default privileges before the tables: a grant on all tables afterwards would scan all of pg_class.
-	fmt.Fprintf(&b, "alter default privileges in schema %s grant select, insert, update, delete on tables to %s;\n", qschema, qrole)
-	fmt.Fprintf(&b, "alter default privileges in schema %s grant usage, select on sequences to %s;\n", qschema, qrole)
+	b.WriteString(structure.Empty(structure.Schema{Name: at.schema.String(), Role: role}))
 	head, after := p.o.Migrate.Head(migrate.TenantSet), ""
 	if inside == nil {
 		after = emptyPath

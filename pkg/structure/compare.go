@@ -22,10 +22,10 @@ type Difference struct {
 // String says the difference in one line. Long values are clipped.
 func (d Difference) String() string {
 	if d.attribute == "" {
-		return cmp.Or(when(d.Have == "", "lacks "), "has ") + d.Kind + " " + d.Object
+		return oneLine(cmp.Or(when(d.Have == "", "lacks "), "has ") + d.Kind + " " + d.Object)
 	}
 	value := func(s string) string {
-		if s = strings.Join(strings.Fields(s), " "); s == "yes" {
+		if s = oneLine(s); s == "yes" {
 			return d.attribute
 		}
 		if r := []rune(s); len(r) > clipped {
@@ -33,7 +33,7 @@ func (d Difference) String() string {
 		}
 		return d.attribute + " " + s
 	}
-	what := strings.TrimSuffix(d.Kind, " "+d.attribute) + when(d.Object != "", " ") + d.Object
+	what := oneLine(strings.TrimSuffix(d.Kind, " "+d.attribute) + " " + d.Object)
 	switch {
 	case d.Have == "":
 		return what + " lacks " + value(d.Want)
@@ -42,6 +42,9 @@ func (d Difference) String() string {
 	}
 	return what + " has " + value(d.Have) + ", not " + strings.TrimPrefix(value(d.Want), d.attribute+" ")
 }
+
+// oneLine ends up in comments of a script: what somebody called his table must not end one.
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 // clipped is the number of characters of a value that one line shows.
 const clipped = 100
@@ -232,5 +235,5 @@ func (o object) text() string {
 
 // shown is a name or a value as people read it.
 func shown(s string) string {
-	return strings.NewReplacer(markSchema, "@schema", markTenant, "@tenant", markOwner, "@owner", markSelf, "@owner", markName, "@schema", apart, ".").Replace(s)
+	return strings.NewReplacer(markSchema, "@schema", markTenant, "@tenant", markOwner, "@owner", markSelf, "@owner", markName, "@schema", apart, ".", comma, ", ").Replace(s)
 }

@@ -2,10 +2,9 @@ package structure
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -20,10 +19,10 @@ import (
 // Options is what a Checker needs.
 type Options struct {
 	DB   *postgres.DB
-	Head int // the newest version that Script knows
-	// Script is the SQL that brings an empty schema, to which the search path is bound, to a version from 0 to Head. It
-	// runs in one transaction.
-	Script func(version int) string
+	Head int // the newest version that Make knows
+	// Make runs before, which makes an empty schema and binds the transaction to it, then the migrations up to a version
+	// from 0 to Head, then after: (*migrate.Migrator).Create.
+	Make func(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, version int, before, after string) error
 }
 
 // Checker compares tenants with what the migrations make. It is safe for concurrent use and keeps each reference that
@@ -42,8 +41,8 @@ type reference struct {
 
 // New checks the options.
 func New(o Options) (*Checker, error) {
-	if o.DB == nil || o.Script == nil {
-		return nil, errors.New("structure: DB and Script must be given")
+	if o.DB == nil || o.Make == nil {
+		return nil, errors.New("structure: DB and Make must be given")
 	}
 	return &Checker{o: o, references: map[reference]Structure{}}, nil
 }
@@ -139,33 +138,29 @@ func (c *Checker) make(ctx context.Context, group string, version int) (Structur
 	if err != nil {
 		return Structure{}, err
 	}
-	var b [8]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return Structure{}, err
-	}
-	// No tenant's schema or role begins so.
-	schema := Schema{Name: "oneo_reference_" + hex.EncodeToString(b[:]), Role: inst.AppRole}
-	script, undo := "", "drop schema "+postgres.Quote(schema.Name)+" cascade"
+	name := tenant.ReferenceSchema(rand.Uint64()) // no tenant's schema or role begins so
+	schema := Schema{Name: name.String(), Role: inst.AppRole}
+	before, undo := "", "drop schema "+postgres.Quote(schema.Name)+" cascade"
 	if c.o.DB.Isolation() == postgres.ByRole {
 		schema.Role = schema.Name
-		script = "create role " + postgres.Quote(schema.Role) + " nologin noinherit;\n"
+		before = "create role " + postgres.Quote(schema.Role) + " nologin noinherit;\n"
 		undo += "; drop role " + postgres.Quote(schema.Role)
 	}
-	script += Empty(schema) + c.o.Script(version)
+	before += Empty(schema)
 	const transaction = `select pg_catalog.pg_current_xact_id()::text`
 	var s Structure
 	err = c.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
-		var before, after string
-		if err := tx.QueryRow(ctx, transaction).Scan(&before); err != nil {
+		var began, ended string
+		if err := tx.QueryRow(ctx, transaction).Scan(&began); err != nil {
 			return err
 		}
-		if err := tx.Script(ctx, script); err != nil {
+		if err := c.o.Make(ctx, tx, name, version, before, ""); err != nil {
 			return err
 		}
-		if err := tx.QueryRow(ctx, transaction).Scan(&after); err != nil {
+		if err := tx.QueryRow(ctx, transaction).Scan(&ended); err != nil {
 			return err
 		}
-		if before != after { // what would be rolled back has been committed
+		if began != ended { // what would be rolled back has been committed
 			if err := tx.Script(ctx, undo); err != nil {
 				return err
 			}

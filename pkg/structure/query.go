@@ -11,8 +11,9 @@ const (
 	markSelf   = "\x04" // the owner of the object in question
 	markName   = "\x05" // the schema itself, as an identifier; in statements only
 
-	// apart separates the parts of an object's name and the attributes of its description.
+	// apart separates the parts of an object's name and the attributes of its description, comma the labels of an enum.
 	apart = "\x1f"
+	comma = "\x1d"
 )
 
 // lines describes every object of the schemas that it is given: (key, kind, object, ord, attributes).
@@ -198,7 +199,7 @@ select key, case typtype when 'e' then 'enum' when 'd' then 'domain' when 'r' th
     case when typtype = 'd' and typcollation <> 0 then 'collation=' || {at}typcollation::regcollation::text{end} end,
     case when typnotnull then 'not null=yes' end,
     'default=' || {at}pg_get_expr(typdefaultbin, 0){end},
-    'labels=' || (select string_agg(quote_literal(e.enumlabel), ', ' order by e.enumsortorder) from pg_enum e where e.enumtypid = y.oid),
+    'labels=' || (select string_agg(quote_literal(e.enumlabel), E'\x1d' order by e.enumsortorder) from pg_enum e where e.enumtypid = y.oid),
     'definition=' || {at}(select concat_ws(', ', 'subtype = ' || format_type(r.rngsubtype, null),
         'subtype_opclass = ' || (select quote_ident(c.opcname) from pg_opclass c where c.oid = r.rngsubopc),
         'collation = ' || nullif(r.rngcollation, 0)::regcollation, 'canonical = ' || nullif(r.rngcanonical::oid, 0)::regproc,

@@ -72,14 +72,14 @@ func (g Group) Repair(t tenant.Tenant) string {
 			asOwner = true
 		}
 		if st.note != "" {
-			fmt.Fprintf(&b, "-- %s\n", strings.ReplaceAll(render.Replace(st.note), "\n", "\n-- "))
+			b.WriteString(comment(render.Replace(st.note)) + "\n")
 		}
 		if st.sql == "" {
 			continue
 		}
 		sql := strings.TrimRight(render.Replace(st.sql), " \n;") + ";"
 		if st.off {
-			sql = "-- " + strings.ReplaceAll(sql, "\n", "\n-- ")
+			sql = comment(sql)
 		}
 		b.WriteString(sql + "\n")
 	}
@@ -87,6 +87,11 @@ func (g Group) Repair(t tenant.Tenant) string {
 		b.WriteString("commit;\n")
 	}
 	return b.String()
+}
+
+// comment makes every line of a text a comment. psql ends a line at a carriage return as well.
+func comment(text string) string {
+	return "-- " + strings.NewReplacer("\r\n", "\n-- ", "\n", "\n-- ", "\r", "\n-- ").Replace(text)
 }
 
 // plan is the steps of all differences, in order, each once.
@@ -140,7 +145,7 @@ func (c *comparison) create(o object) []step {
 		}
 		first = append(first, do(rankType, "create type %s as (%s)", name, strings.Join(columns, ", ")))
 	case "enum":
-		first = append(first, do(rankType, "create type %s as enum (%s)", name, o.get("labels")))
+		first = append(first, do(rankType, "create type %s as enum (%s)", name, strings.ReplaceAll(o.get("labels"), comma, ", ")))
 	case "domain":
 		first = append(first, do(rankType, "create domain %s as %s%s%s%s", name, o.get("type"), prefixed(" collate ", o.get("collation")),
 			prefixed(" default ", o.get("default")), when(o.get("not null") != "", " not null")))
@@ -509,7 +514,7 @@ func (c *comparison) redefine(want, have object) []step {
 
 // labels adds labels to an enum; none can be taken away.
 func (c *comparison) labels(o object, w, h string) []step {
-	want, have := strings.Split(w, ", "), strings.Split(h, ", ")
+	want, have := strings.Split(w, comma), strings.Split(h, comma)
 	var steps []step
 	for i, label := range want {
 		if slices.Contains(have, label) {

@@ -105,7 +105,7 @@ func (f fixture) open(t *testing.T, db *postgres.DB, files fstest.MapFS) (*migra
 		DB: db, Migrate: m, BaseDomain: f.Base, DropGrace: time.Hour, DomainHold: time.Hour, Logger: slog.New(slog.DiscardHandler),
 	})
 	require.NoError(t, err)
-	c, err := structure.New(structure.Options{DB: db, Head: m.Head(migrate.TenantSet), Script: m.CreationScriptTo})
+	c, err := structure.New(structure.Options{DB: db, Head: m.Head(migrate.TenantSet), Make: m.Create})
 	require.NoError(t, err)
 	return m, p, c
 }
@@ -401,7 +401,7 @@ func TestEqualWhateverTheName(t *testing.T) {
 	require.Equal(t, []int{2, 1}, []int{groups[0].Version, groups[1].Version})
 	require.Equal(t, []structure.State{structure.Identical, structure.Identical}, []structure.State{groups[0].State, groups[1].State})
 
-	_, err = f.migrate.Tenant(ctx, late)
+	_, err = f.migrate.Tenant(ctx, late, migrate.TenantOptions{})
 	require.NoError(t, err)
 	renamed, err := f.prov.Rename(ctx, all[0].Slug, provision.RenameRequest{Slug: pgtest.Slug(t, "elsewhere"), Schema: schema(t, "elsewhere")})
 	require.NoError(t, err)
@@ -494,11 +494,16 @@ func TestReferenceLeavesNothing(t *testing.T) {
 	f.tenant(t, "acme")
 	_, err := f.checker.Reference(ctx, "main", 2)
 	require.NoError(t, err)
-	ending, err := structure.New(structure.Options{DB: f.DB, Head: 1, Script: func(int) string { return "create table x (); commit;" }})
+	script := func(text string) func(context.Context, *postgres.OwnerTx, tenant.Schema, int, string, string) error {
+		return func(ctx context.Context, tx *postgres.OwnerTx, _ tenant.Schema, _ int, before, after string) error {
+			return tx.Script(ctx, before+text+after)
+		}
+	}
+	ending, err := structure.New(structure.Options{DB: f.DB, Head: 1, Make: script("create table x (); commit;")})
 	require.NoError(t, err)
 	_, err = ending.Reference(ctx, "main", 1)
 	require.ErrorContains(t, err, "ended the transaction")
-	broken, err := structure.New(structure.Options{DB: f.DB, Head: 1, Script: func(int) string { return "create table x (); select 1/0;" }})
+	broken, err := structure.New(structure.Options{DB: f.DB, Head: 1, Make: script("create table x (); select 1/0;")})
 	require.NoError(t, err)
 	_, err = broken.Reference(ctx, "main", 1)
 	require.ErrorContains(t, err, "division by zero")
@@ -558,7 +563,7 @@ func TestNoFalseDrift(t *testing.T) {
 			_, err = f.prov.Purge(context.Background(), slug, "test")
 			assert.NoError(t, err)
 			if i < len(ts) {
-				_, err = f.migrate.Tenant(context.Background(), ts[i])
+				_, err = f.migrate.Tenant(context.Background(), ts[i], migrate.TenantOptions{})
 				assert.NoError(t, err)
 			}
 			changes.Add(1)

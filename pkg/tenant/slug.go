@@ -99,6 +99,11 @@ func ParseSchema(s string) (Schema, error) {
 // reads no such name.
 func SpareSchema(number int32) Schema { return Schema{fmt.Sprintf("oneo_spare_%d", number)} }
 
+// ReferenceSchema is the name of a schema that is made only to be looked at, told from others by a random number.
+func ReferenceSchema(random uint64) Schema {
+	return Schema{fmt.Sprintf("oneo_reference_%016x", random)}
+}
+
 func checkSchema(s string) error {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Invalid, "schema name %q "+format, append([]any{clip(s)}, args...)...).
