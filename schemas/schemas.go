@@ -10,3 +10,7 @@ import "embed"
 //
 //go:embed group/*.sql shared/*.sql tenant/*.sql
 var Files embed.FS
+
+// MinTenantVersion is the least version of the tenant files that the code of this binary can serve a tenant at: raise it
+// with the code that needs a newer one, and in a later release than the file itself.
+const MinTenantVersion = 2

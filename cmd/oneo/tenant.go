@@ -42,6 +42,7 @@ type tenantRow struct {
 	domains    []string
 	settings   json.RawMessage
 	purgeAfter *time.Time
+	standing   app.Standing
 }
 
 var tenantColumns = []column[tenantRow]{
@@ -237,6 +238,16 @@ func showTenant(ctx context.Context, e *env, a *app.App, t tenant.Tenant, passwo
 		column[tenantRow]{"DOMAINS", "domains", func(t tenantRow) any { return t.domains }},
 		column[tenantRow]{"SETTINGS", "settings", func(t tenantRow) any { return t.settings }},
 	)
+	switch st, err := a.Standing(ctx, t); {
+	case err == nil:
+		row.standing = st
+		columns = append(columns, column[tenantRow]{"VERSION", "version", func(t tenantRow) any { return t.standing.Version }})
+		if st.NotServed != "" {
+			columns = append(columns, column[tenantRow]{"NOT SERVED", "not_served", func(t tenantRow) any { return t.standing.NotServed }})
+		}
+	case !fault.Is(err, fault.NotFound):
+		e.say("its version cannot be read: %s", fault.Of(err).Message)
+	}
 	if row.purgeAfter != nil {
 		columns = append(columns, column[tenantRow]{"PURGED AFTER", "purge_after", func(t tenantRow) any { return t.purgeAfter }})
 	}

@@ -64,7 +64,12 @@ func (p people) in(ctx context.Context, a *app.App, fn func(tx *postgres.OwnerTx
 	if err != nil {
 		return err
 	}
-	return a.DB.AsOwnerIn(ctx, t, func(tx *postgres.OwnerTx) error { return fn(tx, t) })
+	return a.DB.AsOwnerIn(ctx, t, func(tx *postgres.OwnerTx) error {
+		if err := a.InRange(ctx, tx, t); err != nil {
+			return err
+		}
+		return fn(tx, t)
+	})
 }
 
 // audit tells what was done to an account.

@@ -41,7 +41,8 @@ type App struct {
 	Hasher    *auth.Hasher
 	Base      tenant.Host // a tenant's default domain is <slug>.<base>
 
-	closers []func() error
+	versions *versions
+	closers  []func() error
 }
 
 // Open makes the parts. It connects nothing: each connects at its first use.
@@ -70,18 +71,23 @@ func (a *App) open() (err error) {
 	if a.Base, err = tenant.ParseHost(c.Server.BaseDomain); err != nil {
 		return err
 	}
-	if a.DB, err = postgres.Open(DatabaseOptions(c, a.Log)); err != nil {
-		return err
-	}
-	a.onClose(func() error { a.DB.Close(); return nil })
-	if a.Cache, err = cache.Open(cache.Options{URL: c.Redis.URL, Timeout: c.Redis.Timeout, Logger: a.Log}); err != nil {
-		return err
-	}
-	a.onClose(a.Cache.Close)
 	mo, err := migrations(c)
 	if err != nil {
 		return err
 	}
+	do := DatabaseOptions(c, a.Log)
+	if do.Serves, err = served(c); err != nil {
+		return err
+	}
+	if a.DB, err = postgres.Open(do); err != nil {
+		return err
+	}
+	a.onClose(func() error { a.DB.Close(); return nil })
+	a.versions = newVersions(a.DB, c.Schemas.Poll, a.Log)
+	if a.Cache, err = cache.Open(cache.Options{URL: c.Redis.URL, Timeout: c.Redis.Timeout, Logger: a.Log}); err != nil {
+		return err
+	}
+	a.onClose(a.Cache.Close)
 	if a.Migrate, err = migrate.New(a.DB, mo); err != nil {
 		return err
 	}
@@ -127,6 +133,23 @@ func Migrations(c config.Config, set migrate.Set) ([]migrate.File, error) {
 		return nil, err
 	}
 	return m.Files(set), nil
+}
+
+// served is the range of versions at which this process serves tenants.
+func served(c config.Config) (postgres.Range, error) {
+	files, err := Migrations(c, migrate.TenantSet)
+	if err != nil {
+		return postgres.Range{}, err
+	}
+	least := schemas.MinTenantVersion
+	if c.Schemas.Dir != "" {
+		least = c.Schemas.MinVersion
+	}
+	if least > len(files) {
+		return postgres.Range{}, fault.New(fault.Invalid, "schemas.min_version is %d, and the folder %s has %d migration(s)", least, c.Schemas.Dir, len(files)).
+			WithCode("setting").WithHint("set it to the least version that the product can work with")
+	}
+	return postgres.Range{Min: least, Head: len(files)}, nil
 }
 
 func folder(dir string) (fs.FS, error) {

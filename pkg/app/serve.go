@@ -91,6 +91,9 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		a.Log.Info("this instance cannot provision: database.owner_url is not set")
 	}
 	running.Go(func() { a.enter(beside, s.OpsAddr(), o.Version) })
+	for _, group := range a.DB.Groups() {
+		running.Go(func() { a.versions.watch(beside, group) })
+	}
 	running.Go(func() { a.clearSessions(beside) })
 
 	a.Log.Info("serving", "addr", s.Addr(), "ops_addr", s.OpsAddr(), "redis", a.Cache.String())
@@ -122,7 +125,7 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 		so.TrustedProxies = append(so.TrustedProxies, prefix)
 	}
 	so.Secret = []byte(c.Server.Secret)
-	so.Databases, so.Resolver = databases{a.DB}, resolver{a}
+	so.Databases, so.Resolver, so.Serves = databases{a.DB}, resolver{a}, a.versions.serves
 	so.Admin, so.Settings, so.Hasher = admin{a}, settings{}, a.Hasher
 	if c.Redis.URL != "" {
 		so.Cache, so.Limiter = tenantCache{a.Cache}, limiter{a.Cache}
@@ -239,10 +242,13 @@ func (a *App) ClearSessions(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		errs = append(errs, a.DB.InTenant(ctx, t, postgres.Write, func(tx *postgres.Tx) error {
+		err := a.DB.InTenant(ctx, t, postgres.Write, func(tx *postgres.Tx) error {
 			_, err := auth.Tenants().PurgeExpired(ctx, tx, idle)
 			return err
-		}))
+		})
+		if !fault.Is(err, fault.Suspended) { // it has its turn when it is served again
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -332,6 +338,11 @@ func (ad admin) Tenants(ctx context.Context, tx server.Tx, f server.TenantFilter
 
 func (ad admin) Tenant(ctx context.Context, tx server.Tx, slug tenant.Slug) (tenant.Tenant, error) {
 	return registry.BySlug(ctx, tx, slug)
+}
+
+func (ad admin) Standing(ctx context.Context, t tenant.Tenant) (server.Standing, error) {
+	st, err := ad.a.Standing(ctx, t)
+	return server.Standing(st), err
 }
 
 func (ad admin) Domains(ctx context.Context, tx server.Tx, t tenant.Tenant) ([]server.Domain, error) {

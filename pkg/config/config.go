@@ -120,9 +120,11 @@ type Cache struct {
 	LocalTTL    time.Duration `mapstructure:"local_ttl"`
 }
 
-// Schemas says where a product's own tenant migrations are.
+// Schemas says where a product's own tenant migrations are, and which tenants are served by their versions.
 type Schemas struct {
-	Dir string `mapstructure:"dir"`
+	Dir        string        `mapstructure:"dir"`
+	MinVersion int           `mapstructure:"min_version"`
+	Poll       time.Duration `mapstructure:"poll"`
 }
 
 // Migrate says when runs over the fleet hold back, and for how long they try again.
@@ -161,6 +163,7 @@ func Default() Config {
 		Auth:    Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
 		Cache:   Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90},
+		Schemas: Schemas{Poll: 10 * time.Second},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -330,6 +333,11 @@ func (c Config) Validate() error {
 	if s.MaxHeader < 1<<10 || s.MaxHeader > 1<<20 {
 		bad("server.max_header", "must be from 1KB to 1MB")
 	}
+	between("schemas.min_version", c.Schemas.MinVersion, 0, 999_999_999)
+	if c.Schemas.MinVersion > 0 && c.Schemas.Dir == "" {
+		bad("schemas.min_version", "needs schemas.dir: for the migrations in the binary, the binary knows it")
+	}
+	positive("schemas.poll", c.Schemas.Poll)
 	between("auth.hash_concurrency", c.Auth.HashConcurrency, 1, 256)
 	between("auth.logins_per_minute", c.Auth.LoginsPerMinute, 1, 100_000)
 	positive("migrate.patience", c.Migrate.Patience)

@@ -80,6 +80,12 @@ func (w *work) back(ctx context.Context, tx *postgres.OwnerTx, st standing) ([]F
 		return nil, fault.New(fault.Conflict, "migration %d of this tenant has been begun and is not finished", begun).WithCode("unfinished_migration").
 			WithHint("finish it with `oneo migrate -t %s`, or say that it is done with `oneo migrate mark %d --applied`; then go down", w.t.Slug, begun)
 	}
+	// What newer code needs must not go from between two statements of a request: those at work are waited for.
+	if !w.o.Rehearse {
+		if err := tx.LockGate(ctx, w.t.Number); err != nil {
+			return nil, err
+		}
+	}
 	files := w.m.sets[TenantSet]
 	var steps []step
 	var did []File

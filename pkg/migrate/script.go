@@ -18,7 +18,7 @@ import (
 const (
 	codeFailed = "migration_failed"
 	// stateEnded is the SQLSTATE with which a script is ended that has ended its transaction.
-	stateEnded = "ON003"
+	stateEnded = "ON004"
 )
 
 // script is the texts of several steps as one, which knows where each of them stands.

@@ -315,6 +315,12 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 	if n == 0 {
 		return nil, &files[0], nil
 	}
+	// What older code cannot stand must not come between two statements of a request: those at work are waited for.
+	if !w.o.Rehearse && w.m.Reader(files[n-1].Version) > w.m.Reader(st.head) {
+		if err := tx.LockGate(ctx, w.t.Number); err != nil {
+			return nil, nil, err
+		}
+	}
 	steps := make([]step, n)
 	for i, f := range files[:n] {
 		steps[i] = step{file: f}

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 // SQLSTATEs that the functions in ext raise for the binding: the gate is held, the placement is not as the caller believed,
@@ -112,7 +113,7 @@ func fromState(err error, pe *pgconn.PgError) error {
 
 // Upgrading is the fault of a tenant whose version is outside of the range that this binary serves: kind Suspended, code
 // tenant_upgrading.
-func Upgrading() error { return upgrading(nil) }
+func Upgrading(t tenant.Tenant) error { return withTenant(upgrading(nil), t) }
 
 func upgrading(cause error) error {
 	return fault.Wrap(cause, fault.Suspended, "this tenant is being upgraded at the moment").

@@ -92,8 +92,11 @@ func (tx *Tx) prove(ctx context.Context) {
 	st.unproved = st.unproved[:0]
 }
 
-const readPlacement = `select p.version, p.reader, pg_catalog.extract('epoch', pg_catalog.clock_timestamp() - p.updated_at)::float8
+const (
+	readPlacement = `select p.version, p.reader from public.placements p where p.number = $1`
+	readChange    = `select p.version, p.reader, pg_catalog.extract('epoch', pg_catalog.clock_timestamp() - p.updated_at)::float8
 from public.placements p where p.number = $1`
+)
 
 // look reads how the tenant stands now, on the connection of a transaction that is over, and whether its placement has
 // been changed since it was bound: it has another version, or was written meanwhile, as by steps forth and back.
@@ -101,7 +104,7 @@ func (tx *Tx) look(ctx context.Context) (p Placement, changed bool, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tx.group.opts.AcquireTimeout)
 	defer cancel()
 	var age float64
-	err = tx.conn.Conn().QueryRow(ctx, readPlacement, outsideTx, tx.tenant.Number).Scan(&p.Version, &p.Reader, &age)
+	err = tx.conn.Conn().QueryRow(ctx, readChange, outsideTx, tx.tenant.Number).Scan(&p.Version, &p.Reader, &age)
 	return p, p.Version != int(tx.was) || age < time.Since(tx.bound).Seconds(), err
 }
 
@@ -119,10 +122,15 @@ func (db *DB) Serves() Range { return db.opts.Serves }
 
 // Placement reads how a tenant stands. pgx.ErrNoRows: it has no placement, because it is being made or was purged.
 func (db *DB) Placement(ctx context.Context, t tenant.Tenant) (p Placement, err error) {
-	var age float64
 	err = db.look(ctx, t.Group, func(ctx context.Context, pool *pgxpool.Pool) error {
-		return pool.QueryRow(ctx, readPlacement, outsideTx, t.Number).Scan(&p.Version, &p.Reader, &age)
+		return pool.QueryRow(ctx, readPlacement, outsideTx, t.Number).Scan(&p.Version, &p.Reader)
 	})
+	return p, err
+}
+
+// Placement reads how a tenant stands, in the owner's transaction.
+func (tx *OwnerTx) Placement(ctx context.Context, t tenant.Tenant) (p Placement, err error) {
+	err = tx.QueryRow(ctx, readPlacement, t.Number).Scan(&p.Version, &p.Reader)
 	return p, err
 }
 

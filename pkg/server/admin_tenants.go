@@ -25,6 +25,9 @@ type Admin interface {
 	// Tenant finds one that has not been purged.
 	Tenant(ctx context.Context, tx Tx, slug tenant.Slug) (tenant.Tenant, error)
 
+	// Standing reads the tenant's version where its schema is, in a transaction of its own. NotFound: it has none.
+	Standing(ctx context.Context, t tenant.Tenant) (Standing, error)
+
 	Domains(ctx context.Context, tx Tx, t tenant.Tenant) ([]Domain, error)
 	AddDomain(ctx context.Context, tx Tx, t tenant.Tenant, host tenant.Host, primary bool) error
 	RemoveDomain(ctx context.Context, tx Tx, t tenant.Tenant, host tenant.Host) error
@@ -40,6 +43,12 @@ type Admin interface {
 	Operations(ctx context.Context, tx Tx, limit int, before *uuid.UUID) ([]Operation, error)
 
 	Audit(ctx context.Context, tx Tx, e AuditEntry) error
+}
+
+// Standing is a tenant's version, and why this instance does not serve it at that; empty: it does.
+type Standing struct {
+	Version   int
+	NotServed string
 }
 
 // TenantFilter selects tenants. The zero TenantFilter selects all that have not been purged.
@@ -89,10 +98,12 @@ func (s *Server) adminTenantRoutes() []route {
 	all.params = []string{"name", "state", "group", "limit", "cursor"}
 	create := r(http.MethodPost, "", Write, jsonBody, nil)
 	create.free = s.createTenant
+	show := r(http.MethodGet, "/:slug", Read, noBody, nil)
+	show.free = s.showTenant
 	return []route{
 		all,
 		create,
-		r(http.MethodGet, "/:slug", Read, noBody, s.showTenant),
+		show,
 		r(http.MethodDelete, "/:slug", Write, optionalBody, s.dropTenant),
 		r(http.MethodPost, "/:slug/purge", Write, optionalBody, s.purgeTenant),
 		act("suspend", "tenant.suspend"),
@@ -110,6 +121,8 @@ type tenantView struct {
 	Group     string       `json:"group"`
 	URL       string       `json:"url,omitempty"`
 	Domains   []domainView `json:"domains,omitempty"`
+	Version   *int         `json:"version,omitempty"` // nil: not looked for, or it cannot be read at the moment
+	NotServed string       `json:"not_served,omitempty"`
 	CreatedAt time.Time    `json:"created_at"`
 }
 
@@ -193,14 +206,28 @@ func (s *Server) listTenants(ctx context.Context, r *Request, tx Tx) (Reply, err
 	return Reply{Body: out, Header: r.links(out.Page)}, nil
 }
 
-func (s *Server) showTenant(ctx context.Context, r *Request, tx Tx) (Reply, error) {
-	t, err := s.adminTenant(ctx, r, tx)
+// showTenant reads the tenant's version after the registry, without a transaction there: its schema may be elsewhere, and
+// what cannot be reached there must not hide the rest.
+func (s *Server) showTenant(ctx context.Context, r *Request) (Reply, error) {
+	var t tenant.Tenant
+	var v tenantView
+	err := s.opts.Databases.InShared(ctx, Read, func(tx Tx) (err error) {
+		if t, err = s.adminTenant(ctx, r, tx); err != nil {
+			return err
+		}
+		v = s.viewTenant(t)
+		v.Domains, err = s.domainViews(ctx, tx, t)
+		return err
+	})
 	if err != nil {
 		return Reply{}, err
 	}
-	v := s.viewTenant(t)
-	if v.Domains, err = s.domainViews(ctx, tx, t); err != nil {
-		return Reply{}, err
+	st, err := s.opts.Admin.Standing(ctx, t)
+	switch {
+	case err == nil:
+		v.Version, v.NotServed = &st.Version, st.NotServed
+	case !fault.Is(err, fault.NotFound):
+		s.opts.Logger.WarnContext(ctx, "read a tenant's version", "tenant", t.Slug.String(), "error", err)
 	}
 	return Reply{Body: v}, nil
 }

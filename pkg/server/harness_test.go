@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
@@ -100,6 +101,17 @@ func (registrar) Tenants(ctx context.Context, tx server.Tx, f server.TenantFilte
 
 func (registrar) Tenant(ctx context.Context, tx server.Tx, slug tenant.Slug) (tenant.Tenant, error) {
 	return registry.BySlug(ctx, tx, slug)
+}
+
+// Standing is what app finds out from the tenant's placement.
+func (registrar) Standing(_ context.Context, t tenant.Tenant) (server.Standing, error) {
+	switch t.Slug.String() {
+	case "acme":
+		return server.Standing{Version: 2}, nil
+	case "globex":
+		return server.Standing{Version: 1, NotServed: "it is at version 1"}, nil
+	}
+	return server.Standing{}, fault.New(fault.Unavailable, "host 10.0.0.7 is away")
 }
 
 func (registrar) Domains(ctx context.Context, tx server.Tx, t tenant.Tenant) ([]server.Domain, error) {

@@ -61,7 +61,10 @@ func (s *Server) locate(ctx context.Context, x *exchange) error {
 		return err
 	}
 	x.realm, x.tenant = tenantRealm, t
-	return t.Serving()
+	if err := t.Serving(); err != nil || s.opts.Serves == nil {
+		return err
+	}
+	return s.opts.Serves(t)
 }
 
 // trusts reports whether a peer is a configured proxy.

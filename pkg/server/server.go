@@ -99,6 +99,10 @@ type Options struct {
 	Hasher    *auth.Hasher
 	Sessions  auth.SessionOptions
 
+	// Serves returns nil for a tenant that this instance serves, and otherwise the fault that says why it does not: asked
+	// before anything of PostgreSQL is taken. It may be wrong for a moment, since the binding knows better; nil: it is
+	// left to the binding.
+	Serves func(t tenant.Tenant) error
 	// Provisioning is false where there is no owner's connection: routes that need one answer 503.
 	Provisioning bool
 	// OnEnded tells the other instances, which Forget, that tokens no longer stand for what they did; nil: they follow
