@@ -40,7 +40,11 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 			WithHint("set ONEO_SERVER_SECRET to the one that `oneo init` was run with; all instances share it")
 	}
 	if o.AutoMigrate {
-		if _, err := a.Migrate.Shared(ctx); err != nil {
+		_, err := a.Migrate.Shared(ctx)
+		if err != nil && fault.Of(err).Code == "newer_database" {
+			err = a.Migrate.SharedBehind(ctx) // a newer oneo was here; it may have left this one room
+		}
+		if err != nil {
 			return err
 		}
 	} else if err := a.Migrate.SharedBehind(ctx); err != nil {

@@ -62,3 +62,48 @@ func TestBreakingStepsWaitForRequestsAtWork(t *testing.T) {
 	waits("several steps, of which one is breaking", func() error { return to(4) })
 	env.Invariants(t)
 }
+
+// F85: a shared schema that a newer binary has brought further is served by this one, and never changed by it, until a
+// migration says that it is closed to it.
+func TestNewerSharedSchemaIsServed(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	second := env.SecondGroup(t)
+	db, m, _ := env.Open(t, func(o *postgres.Options) { o.Groups = map[string]postgres.Group{"main": env.Group, "second": second} })
+	// Without an owner's URL the app role asks.
+	app, asApp, _ := env.Open(t, func(o *postgres.Options) {
+		o.Groups = map[string]postgres.Group{"main": {URL: env.Group.URL}, "second": {URL: second.URL}}
+	})
+	has, err := app.HasOwner(t.Context(), "main")
+	require.NoError(t, err)
+	require.False(t, has)
+	_, err = m.Shared(t.Context())
+	require.NoError(t, err)
+	for group, set := range map[string]migrate.Set{"main": migrate.SharedSet, "second": migrate.GroupSet} {
+		exec := func(sql string, args ...any) {
+			t.Helper()
+			require.NoError(t, db.AsOwner(t.Context(), group, func(tx *postgres.OwnerTx) error {
+				_, err := tx.Exec(t.Context(), sql, args...)
+				return err
+			}))
+		}
+		head := m.Head(set)
+		exec(`insert into public.ledger (set, tenant, version, name, checksum) values ($1, 0, $2, 'later', sha256('later'))`, set, head+1)
+		for _, served := range []*migrate.Migrator{m, asApp} {
+			require.NoError(t, served.SharedBehind(t.Context()), "merely newer")
+		}
+		_, err = m.Shared(t.Context())
+		requireFault(t, err, fault.Conflict, "newer_database")
+		exec(`insert into public.readers (set, reader) values ($1, $2)`, set, head)
+		require.NoError(t, m.SharedBehind(t.Context()), "open to this very version")
+		exec(`update public.readers set reader = $1`, head+1)
+		for _, refused := range []*migrate.Migrator{m, asApp} {
+			requireFault(t, refused.SharedBehind(t.Context()), fault.Conflict, "newer_database")
+		}
+		exec(`delete from public.readers`)
+		require.NoError(t, m.SharedBehind(t.Context()))
+		exec(`update public.ledger set checksum = sha256('other') where set = $1 and version = 1`, set)
+		requireFault(t, m.SharedBehind(t.Context()), fault.Conflict, "edited_migration")
+		exec(`update public.ledger set checksum = $2 where set = $1 and version = 1`, set, m.Files(set)[0].Checksum[:])
+	}
+}

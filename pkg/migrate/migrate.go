@@ -162,12 +162,13 @@ func (m *Migrator) Shared(ctx context.Context) (Result, error) {
 	return res, nil
 }
 
-// SharedBehind returns nil when the shared schema of every group is at its head, and otherwise a fault of kind Pending
-// that says what to run; a database newer than this binary is Conflict. The tenants' own migrations are not its
-// business: a newer binary that has begun with them must not stop the servers that still run.
+// SharedBehind returns nil when this binary can serve from the shared schema of every group, and otherwise a fault: of
+// kind Pending, which says what to run, when one is behind; Conflict when one has a migration that is closed to this
+// binary. One that is merely newer is served, and the tenants' own migrations are not its business: a newer binary that
+// has begun must not stop the servers that still run.
 func (m *Migrator) SharedBehind(ctx context.Context) error {
 	for _, group := range m.db.Groups() {
-		heads, err := m.contents(ctx, group, GroupSet, SharedSet)
+		heads, readers, err := m.sharedHeads(ctx, group)
 		if err != nil {
 			return err
 		}
@@ -180,9 +181,53 @@ func (m *Migrator) SharedBehind(ctx context.Context) error {
 				return fault.New(fault.Pending, "the shared schema of group %s is %d migration(s) behind", group, n).
 					WithCode("shared_behind").WithHint("oneo migrate --shared")
 			}
+			if readers[set] > m.Head(set) {
+				return newer(set, heads[set], m.Head(set))
+			}
 		}
 	}
 	return nil
+}
+
+// sharedHeads reads the newest version applied of what a group's database and the registry hold, and the least that a
+// binary must know. It refuses changed files.
+func (m *Migrator) sharedHeads(ctx context.Context, group string) (heads, readers map[Set]int, err error) {
+	const query = contentsQuery + `
+union all
+select r.set, r.reader, null, 0 from public.readers r`
+	heads, readers = map[Set]int{}, map[Set]int{}
+	if _, err := m.db.Installation(ctx, group); err != nil {
+		return nil, nil, err
+	}
+	err = m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		rows, err := tx.Query(ctx, query)
+		if err != nil {
+			return err
+		}
+		var set Set
+		var version int
+		var sum []byte
+		var number int32
+		_, err = pgx.ForEachRow(rows, []any{&set, &version, &sum, &number}, func() error {
+			switch {
+			case sum == nil:
+				readers[set] = version
+				return nil
+			case set == TenantSet:
+				return nil
+			}
+			heads[set] = max(heads[set], version)
+			if version > m.Head(set) {
+				return nil
+			}
+			return m.sameContent(set, version, sum)
+		})
+		return err
+	})
+	if err != nil && postgres.SQLState(err) == "42P01" {
+		return nil, nil, sharedMissing(err, group)
+	}
+	return heads, readers, err
 }
 
 // apply runs what is missing of the group's or the shared set, each step in a transaction of its own. prepare sets up
@@ -344,8 +389,7 @@ func (m *Migrator) readContents(ctx context.Context, group, sql string, args []a
 		return err
 	})
 	if err != nil && postgres.SQLState(err) == "42P01" {
-		return nil, fault.Wrap(err, fault.Pending, "the shared schema of group %s has not been made", group).
-			WithCode("shared_behind").WithHint("oneo migrate --shared")
+		return nil, sharedMissing(err, group)
 	}
 	return heads, err
 }
@@ -379,13 +423,22 @@ func (m *Migrator) readHeads(ctx context.Context, tx *postgres.OwnerTx, sql stri
 func (m *Migrator) sameContent(set Set, version int, sum []byte) error {
 	files := m.sets[set]
 	if version > len(files) {
-		return fault.New(fault.Conflict, "the database is at version %d of the %s migrations; this binary knows %d", version, set, len(files)).
-			WithCode("newer_database").WithHint("use the newer oneo, or the folder of migrations that made it")
+		return newer(set, version, len(files))
 	}
 	if f := files[version-1]; string(f.Checksum[:]) != string(sum) {
 		return edited(f, set)
 	}
 	return nil
+}
+
+func newer(set Set, version, known int) error {
+	return fault.New(fault.Conflict, "the database is at version %d of the %s migrations; this binary knows %d", version, set, known).
+		WithCode("newer_database").WithHint("use the newer oneo, or the folder of migrations that made it")
+}
+
+func sharedMissing(err error, group string) error {
+	return fault.Wrap(err, fault.Pending, "the shared schema of group %s has not been made, or is behind", group).
+		WithCode("shared_behind").WithHint("oneo migrate --shared")
 }
 
 func edited(f File, set Set) error {

@@ -9,7 +9,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/server"
+	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 const tenants = "/api/v1/admin/tenants"
@@ -204,4 +206,38 @@ func TestDomains(t *testing.T) {
 	require.Equal(t, 1, st.audited(t, "domain.add"))
 	require.Equal(t, 2, st.audited(t, "domain.primary"))
 	require.Equal(t, 1, st.audited(t, "domain.remove"))
+}
+
+// An administrator sees at which version a tenant is, and why this instance does not serve it; a place that cannot be
+// reached hides nothing else.
+func TestTenantShowsItsVersion(t *testing.T) {
+	st := open(t)
+	root := st.login(t, "localhost", rootMail)
+	show := func(slug string, has, hasNot []string) {
+		t.Helper()
+		st.do(t, scenario{name: "show " + slug, host: "localhost", path: tenants + "/" + slug, token: root, status: 200, has: has, hasNot: hasNot})
+	}
+	show("acme", []string{`"version":2`, `"slug":"acme"`, `acme.localhost`}, []string{"not_served"})
+	show("globex", []string{`"version":1`, `"not_served":"it is at version 1"`}, nil)
+	st.env.Tenant(t, "initech")
+	show("initech", []string{`"slug":"initech"`}, []string{"version", "10.0.0.7"})
+	st.do(t, scenario{name: "list", host: "localhost", path: tenants, token: root, status: 200, hasNot: []string{"version"}})
+}
+
+// A tenant that is known to be out of range is refused before anything else is done for it; its neighbour is not.
+func TestServesIsAskedFirst(t *testing.T) {
+	st := open(t, func(o *server.Options) {
+		o.Serves = func(tn tenant.Tenant) error {
+			if tn.Slug.String() == "acme" {
+				return postgres.Upgrading(tn)
+			}
+			return nil
+		}
+	})
+	for _, path := range []string{"/", "/api/v1/me", "/api/v1/settings", "/nothing-here"} {
+		a := st.do(t, scenario{name: path, path: path, status: 503, code: "tenant_upgrading", has: []string{"being upgraded"}, hasNot: []string{"version"}})
+		require.Equal(t, "5", a.header.Get("Retry-After"))
+	}
+	st.do(t, scenario{name: "neighbour", host: "globex.localhost", path: "/api/v1/settings", status: 200})
+	st.do(t, scenario{name: "administrators", host: "localhost", path: "/nothing-here", status: 404})
 }

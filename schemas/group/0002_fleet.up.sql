@@ -42,3 +42,12 @@ create table public.marks (
     at     timestamptz not null default now(),
     primary key (run, tenant)
 );
+
+-- The least version of the files of group and of shared that a binary must know to serve from this database. A file that
+-- older binaries cannot stand writes its own version here; without that they go on serving when it has been applied.
+create table public.readers (
+    set    text primary key check (set in ('group', 'shared')),
+    reader integer not null check (reader > 0)
+);
+
+do $$ begin execute format('grant select on public.readers to %I', current_setting('oneo.app_role')); end $$;
