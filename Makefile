@@ -35,7 +35,7 @@ lint: ## run golangci-lint
 fmt: ## format
 	gofmt -w cmd pkg schemas bench
 
-bench: ## run the benchmarks; ARGS="-only create" goes to them
+bench: ## run the benchmarks; ARGS="-only fleet -fleet 200 -many 500" goes to them
 	./scripts/bench.sh $(ARGS)
 
 fuzz: ## run each fuzz target for FUZZTIME (500000x)

@@ -42,6 +42,20 @@ type bench struct {
 
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(b.out, format+"\n", args...) }
 
+// tell says on stderr what is going on; it is no part of the report.
+func (b *bench) tell(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, time.Now().Format(time.TimeOnly)+" "+format+"\n", args...)
+}
+
+// goal stands below a table, behind an empty line: what was promised, and whether it is held.
+func (b *bench) goal(held bool, goal, measured string) {
+	verdict := "Held"
+	if !held {
+		verdict = "**Missed**"
+	}
+	b.printf("Goal: %s. %s: %s.\n", goal, verdict, measured)
+}
+
 // installation is one database with tenants of one shape.
 type installation struct {
 	b         *bench

@@ -103,19 +103,3 @@ func (in *installation) createWithPsql(ctx context.Context, first, n int) (took 
 	}
 	return time.Since(start), nil
 }
-
-// pending measures `oneo migrate --all-tenants` with nothing to do, the whole command.
-func (in *installation) pending(ctx context.Context) (time.Duration, error) {
-	const runs = 15
-	var all []time.Duration
-	for range runs {
-		cmd := exec.CommandContext(ctx, in.b.binary, "migrate", "--all-tenants", "-q")
-		cmd.Env = in.environment()
-		start := time.Now()
-		if text, err := cmd.CombinedOutput(); err != nil {
-			return 0, fmt.Errorf("migrate: %w: %s", err, text)
-		}
-		all = append(all, time.Since(start))
-	}
-	return median(all), nil
-}

@@ -17,26 +17,30 @@ import (
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/devstack"
-	"github.com/oneo-crm/oneo/pkg/postgres"
 )
 
 func main() {
-	only := flag.String("only", "create,read,pending", "what to measure, separated by commas")
-	many := flag.Int("tenants", 5000, "the large number of tenants")
-	few := flag.Int("few", 120, "the small number of tenants")
+	only := flag.String("only", "create,read,fleet", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ","))
+	few := flag.Int("few", 120, "the small number of tenants that are read")
+	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
+	many := flag.Int("many", 5000, "the large number of tenants")
 	ways := flag.String("ways", "", "a regular expression: of the ways to read, only those are measured whose names it matches, beside the floor")
 	duration := flag.Duration("duration", 10*time.Second, "how long each contender is measured")
 	mode := flag.String("floor", "", "internal: run as the floor or the naive server")
 	url := flag.String("floor-url", "", "internal")
 	addr := flag.String("floor-addr", "", "internal")
 	schema := flag.String("floor-schema", "", "internal")
+	peak := flag.Bool("peak", false, "internal: run the arguments as a command and tell its peak memory")
 	flag.Parse()
 	var err error
-	if *mode != "" {
+	switch {
+	case *mode != "":
 		err = serveFloor(*mode, *url, *addr, *schema)
-	} else {
+	case *peak:
+		err = tellPeak(flag.Args())
+	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-		err = run(ctx, strings.Split(*only, ","), *ways, *few, *many, *duration)
+		err = run(ctx, strings.Split(*only, ","), *ways, *few, *fleet, *many, *duration)
 		stop()
 	}
 	if err != nil {
@@ -45,7 +49,14 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, only []string, ways string, few, many int, d time.Duration) error {
+func run(ctx context.Context, only []string, ways string, few, fleet, many int, d time.Duration) error {
+	for _, part := range only {
+		if part == "fleet" {
+			only = append(only, fleetParts...)
+		} else if !slices.Contains(append([]string{"create", "read"}, fleetParts...), part) {
+			return fmt.Errorf("-only: there is no %q", part)
+		}
+	}
 	matching, err := regexp.Compile(ways)
 	if err != nil {
 		return fmt.Errorf("-ways: %w", err)
@@ -83,74 +94,13 @@ func run(ctx context.Context, only []string, ways string, few, many int, d time.
 			return err
 		}
 	}
-	if !slices.Contains(only, "read") && !slices.Contains(only, "pending") {
-		return nil
-	}
-	return b.fleets(ctx, only, few, many)
-}
-
-// fleets grows one installation from few to many tenants, and measures at both sizes.
-func (b *bench) fleets(ctx context.Context, only []string, few, many int) error {
-	in, err := b.install(ctx, "bench_role", postgres.ByRole, 8)
-	if err != nil {
-		return err
-	}
-	if err := in.grow(ctx, few); err != nil {
-		return err
-	}
-	var atFew, atMany time.Duration
-	if slices.Contains(only, "pending") {
-		if atFew, err = in.pending(ctx); err != nil {
-			return err
-		}
-	}
 	if slices.Contains(only, "read") {
-		schema, err := b.install(ctx, "bench_schema", postgres.BySchema, 8)
-		if err != nil {
-			return err
-		}
-		if err := schema.grow(ctx, few); err != nil {
-			return err
-		}
-		if err := in.read(ctx, []contender{
-			{"floor", false, in.floor("floor")},
-			{"oneo, gate and role", false, func(ctx context.Context) (*process, error) { return in.serve(ctx) }},
-			{"naive: begin, set local search_path, query, commit", false, in.floor("naive")},
-			{"oneo, no statement of a tenant's own", false, func(ctx context.Context) (*process, error) { return in.serve(ctx, "ONEO_DATABASE_HOT_STATEMENTS=0") }},
-		}); err != nil {
-			return err
-		}
-		if err := schema.read(ctx, []contender{
-			{"floor", false, schema.floor("floor")},
-			{"oneo, isolation: schema", false, func(ctx context.Context) (*process, error) { return schema.serve(ctx) }},
-		}); err != nil {
+		if err := b.reads(ctx, few, many); err != nil {
 			return err
 		}
 	}
-	start := time.Now()
-	if err := in.grow(ctx, many); err != nil {
-		return err
-	}
-	b.printf("(%d tenants with 50 records each were made in %s.)\n", many-few, time.Since(start).Round(time.Second))
-	if slices.Contains(only, "pending") {
-		if atMany, err = in.pending(ctx); err != nil {
-			return err
-		}
-		b.printf("### `oneo migrate --all-tenants` with nothing pending, the whole command\n")
-		b.printf("| tenants | ms (median of 15) | of the first |\n| --- | --- | --- |")
-		b.printf("| %d | %.1f | 1.00 |\n| %d | %.1f | **%.2f** |\n", few, ms(atFew), many, ms(atMany), float64(atMany)/float64(atFew))
-	}
-	if slices.Contains(only, "read") {
-		oneo := func(more ...string) func(context.Context) (*process, error) {
-			return func(ctx context.Context) (*process, error) { return in.serve(ctx, more...) }
-		}
-		return in.read(ctx, []contender{
-			{"floor", false, in.floor("floor")},
-			{"oneo, uniform", false, oneo()},
-			{"oneo, Zipf 1.1", true, oneo()},
-			{"oneo, uniform, the cap reached (backends of at most 24 MB)", false, oneo("ONEO_DATABASE_BACKEND_MEMORY=24MB")},
-			{"naive, uniform", false, in.floor("naive")},
-		})
+	if slices.ContainsFunc(only, func(part string) bool { return slices.Contains(fleetParts, part) }) {
+		return b.fleets(ctx, only, fleet, many)
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/oneo-crm/oneo/pkg/postgres"
 )
 
 // measured is one row of a table.
@@ -27,14 +29,16 @@ type measured struct {
 	serverMB  float64
 }
 
-// drive lets wrk read records of the tenants by Host header. With zipf the tenants are drawn with exponent 1.1.
-func (in *installation) drive(ctx context.Context, p *process, zipf bool, d time.Duration) (measured, error) {
+func recordPath(id string) string { return "/api/v1/pipelines/deals/records/" + id }
+
+// wrk reads records of the tenants by Host header, and returns what the program said. With zipf the tenants are drawn
+// with exponent 1.1.
+func (in *installation) wrk(ctx context.Context, p *process, zipf bool, d time.Duration, more ...string) (string, error) {
 	ids, tokens := filepath.Join(in.b.dir, "ids"), filepath.Join(in.b.dir, "tokens")
 	var lines, toks strings.Builder
 	seen := map[int]bool{}
 	line := func(i int) {
-		path := "/api/v1/pipelines/deals/records/" + in.records[i][rand.IntN(len(in.records[i]))]
-		fmt.Fprintf(&lines, "%s %s\n", in.slugs[i], path)
+		fmt.Fprintf(&lines, "%s %s\n", in.slugs[i], recordPath(in.records[i][rand.IntN(len(in.records[i]))]))
 		if !seen[i] {
 			seen[i] = true
 			fmt.Fprintf(&toks, "%s %s\n", in.slugs[i], token(in.slugs[i]))
@@ -51,28 +55,37 @@ func (in *installation) drive(ctx context.Context, p *process, zipf bool, d time
 		}
 	}
 	if err := os.WriteFile(ids, []byte(lines.String()), 0o600); err != nil {
-		return measured{}, err
+		return "", err
 	}
 	if err := os.WriteFile(tokens, []byte(toks.String()), 0o600); err != nil {
-		return measured{}, err
+		return "", err
 	}
 	host, port, _ := strings.Cut(p.addr, ":")
-	cmd := exec.CommandContext(ctx, "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", int(d.Seconds())), "--latency",
+	cmd := exec.CommandContext(ctx, "wrk", "-t1", "-c16", fmt.Sprintf("-d%ds", int(d.Seconds())), "--latency", "--timeout", "10s",
 		"-s", filepath.Join("lua", "tenants.lua"), "http://"+host+":"+port)
-	cmd.Env = append(os.Environ(), "IDS="+ids, "TOKENS="+tokens, "SUFFIX=localhost")
+	cmd.Env = append(append(os.Environ(), "IDS="+ids, "TOKENS="+tokens, "SUFFIX=localhost"), more...)
 	text, err := cmd.CombinedOutput()
 	if err != nil {
-		return measured{}, fmt.Errorf("wrk: %w: %s", err, text)
+		return "", fmt.Errorf("wrk: %w: %s", err, text)
 	}
-	if !strings.Contains(string(text), "non2xx 0\n") {
+	return string(text), nil
+}
+
+// drive measures a server by wrk. Any answer but 2xx is an error.
+func (in *installation) drive(ctx context.Context, p *process, zipf bool, d time.Duration) (measured, error) {
+	text, err := in.wrk(ctx, p, zipf, d)
+	if err != nil {
+		return measured{}, err
+	}
+	if !strings.Contains(text, "non2xx 0\n") {
 		return measured{}, fmt.Errorf("wrk got answers other than 2xx:\n%s", text)
 	}
 	var m measured
-	if g := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindSubmatch(text); g != nil {
-		m.perSecond, _ = strconv.ParseFloat(string(g[1]), 64)
+	if g := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindStringSubmatch(text); g != nil {
+		m.perSecond, _ = strconv.ParseFloat(g[1], 64)
 	}
-	if g := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)`).FindSubmatch(text); g != nil {
-		m.p99 = string(g[1])
+	if g := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)`).FindStringSubmatch(text); g != nil {
+		m.p99 = g[1]
 	}
 	m.serverMB = p.residentMB()
 	m.backends, m.privateMB, err = in.backends(ctx)
@@ -190,4 +203,51 @@ func middle(turns []measured) measured {
 	m := sorted[len(sorted)/2]
 	m.backends, m.privateMB, m.serverMB = last.backends, last.privateMB, last.serverMB
 	return m
+}
+
+// reads grows one installation from few to many tenants, and measures reading at both sizes.
+func (b *bench) reads(ctx context.Context, few, many int) error {
+	in, err := b.install(ctx, "bench_role", postgres.ByRole, 8)
+	if err != nil {
+		return err
+	}
+	if err := in.grow(ctx, few); err != nil {
+		return err
+	}
+	schema, err := b.install(ctx, "bench_schema", postgres.BySchema, 8)
+	if err != nil {
+		return err
+	}
+	if err := schema.grow(ctx, few); err != nil {
+		return err
+	}
+	if err := in.read(ctx, []contender{
+		{"floor", false, in.floor("floor")},
+		{"oneo, gate and role", false, func(ctx context.Context) (*process, error) { return in.serve(ctx) }},
+		{"naive: begin, set local search_path, query, commit", false, in.floor("naive")},
+		{"oneo, no statement of a tenant's own", false, func(ctx context.Context) (*process, error) { return in.serve(ctx, "ONEO_DATABASE_HOT_STATEMENTS=0") }},
+	}); err != nil {
+		return err
+	}
+	if err := schema.read(ctx, []contender{
+		{"floor", false, schema.floor("floor")},
+		{"oneo, isolation: schema", false, func(ctx context.Context) (*process, error) { return schema.serve(ctx) }},
+	}); err != nil {
+		return err
+	}
+	start := time.Now()
+	if err := in.grow(ctx, many); err != nil {
+		return err
+	}
+	b.printf("(%d tenants with 50 records each were made in %s.)\n", many-few, time.Since(start).Round(time.Second))
+	oneo := func(more ...string) func(context.Context) (*process, error) {
+		return func(ctx context.Context) (*process, error) { return in.serve(ctx, more...) }
+	}
+	return in.read(ctx, []contender{
+		{"floor", false, in.floor("floor")},
+		{"oneo, uniform", false, oneo()},
+		{"oneo, Zipf 1.1", true, oneo()},
+		{"oneo, uniform, the cap reached (backends of at most 24 MB)", false, oneo("ONEO_DATABASE_BACKEND_MEMORY=24MB")},
+		{"naive, uniform", false, in.floor("naive")},
+	})
 }
