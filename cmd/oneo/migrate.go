@@ -14,6 +14,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/fleet"
+	"github.com/oneo-crm/oneo/pkg/lint"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -31,6 +32,7 @@ type migrateOptions struct {
 	shared   bool
 	dryRun   bool
 	rehearse bool
+	force    bool
 	selector selector
 	fleetOptions
 }
@@ -59,6 +61,7 @@ nothing is pending, that is one query.`,
 	cmd.Flags().BoolVar(&o.shared, "shared", false, "the shared schema only")
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
+	cmd.Flags().BoolVar(&o.force, "force", false, "run also what oneo migrate lint finds fault with")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
 	cmd.AddCommand(newMigrateLintCmd(e), newMigrateNewCmd(e))
 	cmd.AddCommand(newMigrateDriftCmd(e))
@@ -235,6 +238,9 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 	if err := a.Rollout.LargestFirst(ctx, spec.Items); err != nil {
 		return err
 	}
+	if err := lintedBefore(ctx, e, a, o.force || o.dryRun || o.rehearse); err != nil {
+		return err
+	}
 	if o.dryRun {
 		return showPlan(e, a, spec)
 	}
@@ -244,6 +250,27 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 		All: s.all, Tenants: s.names, Exclude: s.exclude, States: s.states, Group: s.group,
 	}
 	return planAndWork(ctx, e, a, spec, o.workOptions, rows)
+}
+
+// lintedBefore tells what the linter finds in migrations that no tenant has yet. An error of it ends the run before it
+// begins, unless that is to be passed over.
+func lintedBefore(ctx context.Context, e *env, a *app.App, pass bool) error {
+	findings, err := lintPending(ctx, e, a)
+	if err != nil {
+		return err
+	}
+	errs := 0
+	for _, f := range findings {
+		e.say("%s: %s:%d: %s (%s)", f.Severity, f.File, f.Line, f.Message, f.Rule)
+		if f.Severity == lint.Error {
+			errs++
+		}
+	}
+	if errs == 0 || pass {
+		return nil
+	}
+	return fault.New(fault.Unfit, "%d thing(s) in the migrations would do harm; nothing was done", errs).WithCode("lint_errors").
+		WithHint("`oneo migrate lint` says how to write them instead; --force runs them all the same")
 }
 
 // planned is one tenant's line of a plan.

@@ -232,7 +232,10 @@ func TestFailedTenantIsAtItsOldVersion(t *testing.T) {
 	p := newProduct(t, 8)
 	p.next("")
 	version := p.next("alter table records add constraint only_some check (current_schema() <> 't003');\ninsert into pipelines (id, key, name) values (gen_random_uuid(), 'x', 'x');\nselect 1 / (case when current_schema() = 't005' then 0 else 1 end);")
-	stdout, stderr, code := p.run(nil, "migrate", "--all-tenants", "-o", "json")
+	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "-o", "json")
+	require.Equal(t, exitUsage, code, "the linter finds the check")
+	require.Contains(t, stderr, "lint_errors")
+	stdout, stderr, code := p.run(nil, "migrate", "--all-tenants", "-o", "json", "--force")
 	require.Equal(t, exitSomeFailed, code, stderr)
 	var report []struct {
 		Tenant, Status string
@@ -264,6 +267,22 @@ func TestFailedTenantIsAtItsOldVersion(t *testing.T) {
 	require.Contains(t, stdout, `"t005"`)
 	require.Contains(t, stdout, `22012`)
 	p.env.Invariants(t)
+}
+
+// Behaviour 83: when the shared schema fails, no tenant is touched.
+func TestSharedSchemaComesFirst(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 2)
+	version := p.next("")
+	p.exec(`delete from public.ledger where set = 'shared' and version = 3`) // its tables are there already: it fails
+	_, stderr, code := p.run(nil, "migrate", "--all-tenants")
+	require.Equal(t, exitUsage, code, stderr)
+	require.Contains(t, stderr, "0003_runs")
+	var touched int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = $1`, version).Scan(&touched))
+	require.Zero(t, touched)
+	_, stderr, code = p.run(nil, "migrate", "-t", "t000")
+	require.Equal(t, exitPending, code, stderr)
 }
 
 func TestDownTakesTheFleetBack(t *testing.T) {
