@@ -87,14 +87,15 @@ type work struct {
 	target int
 	start  time.Time
 	known  bool // res.From is
+	beside bool // a data migration beside others was open when the tenant was looked at last
 	res    Result
 }
 
 func (m *Migrator) work(t tenant.Tenant, o TenantOptions, target int) *work {
-	if o.LockTimeout == 0 {
+	if o.LockTimeout <= 0 {
 		o.LockTimeout = m.db.LockTimeout()
 	}
-	if o.LockWait == 0 {
+	if o.LockWait <= 0 {
 		o.LockWait = m.lockWait
 	}
 	if o.Progress == nil {
@@ -162,6 +163,7 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 					return err
 				}
 				w.reached(st.head)
+				w.beside = st.beside
 				switch {
 				case st.got == nil:
 					return nil
@@ -249,7 +251,7 @@ func (m *Migrator) sameApplied(ctx context.Context, q postgres.Querier, number i
 	return err
 }
 
-// up takes the tenant to the target, chunk by chunk.
+// up takes the tenant to the target, chunk by chunk, and then goes on with what runs beside.
 func (w *work) up(ctx context.Context) error {
 	for {
 		if err := failpoint.Hit("migrate.before"); err != nil {
@@ -263,14 +265,13 @@ func (w *work) up(ctx context.Context) error {
 			left = alone != nil || st.head+len(did) < w.target || st.beside || slices.ContainsFunc(did, func(f File) bool { return f.Beside })
 			return err
 		})
-		rehearsed := errors.Is(err, errRehearsed)
 		switch {
-		case err != nil && !rehearsed:
-			return err
-		case !called && w.o.Rehearse:
+		case errors.Is(err, errRehearsed):
+			w.applied(did...)
 			return nil
+		case err != nil:
+			return err
 		case !called:
-			return w.besides(ctx)
 		case alone == nil:
 			w.applied(did...)
 		case alone.Kind == NoTransaction:
@@ -278,21 +279,28 @@ func (w *work) up(ctx context.Context) error {
 		default:
 			err = w.data(ctx, *alone)
 		}
-		if rehearsed {
-			return nil
-		}
-		if err == nil {
+		if err == nil && called {
 			err = failpoint.Hit("migrate.after")
 		}
 		if err != nil || !left {
 			return err
 		}
+		if w.res.To >= w.target {
+			break
+		}
 	}
+	if !w.beside || w.o.Rehearse {
+		return nil
+	}
+	return w.besides(ctx)
 }
 
 // applied notes what has been committed.
 func (w *work) applied(files ...File) {
 	w.res.Applied = append(w.res.Applied, files...)
+	for _, f := range files {
+		w.beside = w.beside || f.Kind == Data && f.Beside
+	}
 	w.reached(files[len(files)-1].Version)
 }
 
