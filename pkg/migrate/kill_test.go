@@ -268,13 +268,13 @@ func TestInvalidIndexIsMadeAgain(t *testing.T) {
 	old := pgtest.Admin(t, k.env.AdminURL)
 	_, err := old.Exec(ctx, `begin isolation level repeatable read; select from public.placements`, pgx.QueryExecModeSimpleProtocol)
 	require.NoError(t, err)
-	failed := make(chan error)
+	failed := make(chan error, 1)
 	go func() {
 		_, err := k.m.Tenant(ctx, a, migrate.TenantOptions{})
 		failed <- err
 	}()
 	invalid := `select c.relname::text from pg_index join pg_class c on c.oid = indexrelid where not indisvalid and relnamespace = 'acme'::regnamespace`
-	require.Eventually(t, func() bool { return slices.Equal(k.lines(t, invalid), []string{"things_n"}) }, 10*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return slices.Equal(k.lines(t, invalid), []string{"things_n"}) }, 30*time.Second, 20*time.Millisecond)
 	require.Equal(t, []string{"true"}, k.lines(t, `select pg_terminate_backend(pid)::text from pg_stat_activity where datname = current_database() and query ilike '%create index concurrently%' and pid <> pg_backend_pid()`))
 	require.Error(t, <-failed)
 	require.Equal(t, []string{"things_n"}, k.lines(t, invalid))
