@@ -48,7 +48,7 @@ const exitCodes = `Exit codes
     5  PostgreSQL or Redis cannot be reached
    10  tenant, user, key or operation not found
    11  locked by another operation
-   13  something is pending (migrate status --check)
+   13  something is pending or has drifted (--check)
    14  verification failed (migrate lint found errors)
   130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
 `

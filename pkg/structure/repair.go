@@ -45,7 +45,7 @@ const (
 )
 
 // Repair is the SQL that brings a tenant of the group back to its reference, as a script of one transaction for psql,
-// run as the owner. What is too much is dropped by lines that are commented out, each under a warning; a sentence stands
+// run as the owner. It fails at its first line while another operation is at work on the tenant. What is too much is dropped by lines that are commented out, each under a warning; a sentence stands
 // where no statement is safe. It is empty where there is nothing to repair.
 func (g Group) Repair(t tenant.Tenant) string {
 	switch g.State {
@@ -60,7 +60,9 @@ func (g Group) Repair(t tenant.Tenant) string {
 	render := strings.NewReplacer(markSchema, strings.ReplaceAll(s.Name, "'", "''"), markName, schema,
 		markTenant, postgres.Quote(s.Role), markOwner, owner, markSelf, owner)
 	var b strings.Builder
-	begin := fmt.Sprintf("begin;\nset local lock_timeout to '5s';\nset local search_path to %s, ext, pg_temp;\nset local check_function_bodies to off;\n", schema)
+	const claim = `do $$ begin if not pg_catalog.pg_try_advisory_xact_lock(%d, %d) then raise 'another operation is at work on this tenant'; end if; end $$`
+	begin := fmt.Sprintf("begin;\n"+claim+";\nset local lock_timeout to '5s';\nset local search_path to %s, ext, pg_temp;\nset local check_function_bodies to off;\n",
+		postgres.OperationLock, t.Number, schema)
 	asOwner := false
 	for _, st := range g.plan() {
 		if st.rank > rankBefore {

@@ -380,6 +380,38 @@ func TestEveryKindOfDrift(t *testing.T) {
 	}
 }
 
+// A plan does nothing but what can be read in it: a name does not end a comment, and it keeps off a tenant at work.
+func TestPlanIsOnlyWhatItSays(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	ctx := t.Context()
+	a := f.tenant(t, "acme")
+	f.exec(t, "set role oneo_owner; create table acme.\"x\r;drop table acme.kept;--\n;drop table acme.kept;--\" (id integer); drop index acme.records_extra; reset role")
+	groups := f.drift(t, a)
+	require.Equal(t, structure.Drifted, groups[0].State)
+	for _, d := range groups[0].Differences {
+		require.NotRegexp(t, "[\r\n]", d.String())
+	}
+	plan := groups[0].Repair(a)
+	for _, line := range regexp.MustCompile("[\r\n]").Split(plan, -1) {
+		if strings.Contains(line, "kept") {
+			require.Regexp(t, "^-- ", line)
+		}
+	}
+
+	holder := pgtest.Admin(t, f.AdminURL)
+	_, err := holder.Exec(ctx, "select pg_advisory_lock($1, $2)", postgres.OperationLock, a.Number)
+	require.NoError(t, err)
+	_, err = f.admin.PgConn().Exec(ctx, plan).ReadAll()
+	require.ErrorContains(t, err, "another operation is at work")
+	f.exec(t, "rollback")
+	require.Len(t, f.drift(t, a)[0].Differences, 2)
+	_, err = holder.Exec(ctx, "select pg_advisory_unlock_all()")
+	require.NoError(t, err)
+	f.exec(t, plan)
+	require.Len(t, f.drift(t, a)[0].Differences, 1, "the table too much is left to a person")
+}
+
 // Equal tenants are equal, whatever they are called: like a table, a column, an alias, a prefix of one another, or what
 // a text holds. So are a renamed tenant, one that was migrated step by step, and the reference.
 func TestEqualWhateverTheName(t *testing.T) {

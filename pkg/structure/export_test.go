@@ -1,0 +1,4 @@
+package structure
+
+// Hashes is the query over many schemas.
+var Hashes = hash
