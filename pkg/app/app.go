@@ -24,6 +24,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/server"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
 )
@@ -35,6 +36,7 @@ type App struct {
 	DB        *postgres.DB
 	Cache     *cache.Cache
 	Migrate   *migrate.Migrator
+	Structure *structure.Checker
 	Provision *provision.Provisioner
 	Rollout   *rollout.Runner
 	Resolver  *registry.Resolver
@@ -102,8 +104,11 @@ func (a *App) open() (err error) {
 	if err != nil {
 		return err
 	}
+	if a.Structure, err = structure.New(structure.Options{DB: a.DB, Head: a.Migrate.Head(migrate.TenantSet), Make: a.Migrate.Create}); err != nil {
+		return err
+	}
 	a.Provision, err = provision.New(provision.Options{
-		DB: a.DB, Migrate: a.Migrate, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
+		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
 		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Logger: a.Log,
 	})
 	if err != nil {

@@ -24,6 +24,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -31,9 +32,10 @@ import (
 type Options struct {
 	DB         *postgres.DB
 	Migrate    *migrate.Migrator
-	BaseDomain tenant.Host   // a tenant's default domain is <slug>.<base>
-	DropGrace  time.Duration // how long a dropped tenant is kept
-	DomainHold time.Duration // how long a removed domain is held back from other tenants
+	Structure  *structure.Checker // compares what is to be adopted; nil: nothing can be
+	BaseDomain tenant.Host        // a tenant's default domain is <slug>.<base>
+	DropGrace  time.Duration      // how long a dropped tenant is kept
+	DomainHold time.Duration      // how long a removed domain is held back from other tenants
 	// GateWait is how long a change waits, in all, for a tenant's requests in flight; 0 is 10 seconds.
 	GateWait time.Duration
 	// StaleAfter is how long an operation may go without a sign of life before another process takes it up; 0 is 10
@@ -95,7 +97,8 @@ type change struct {
 	actor  string
 	// request is what a resumed operation is made from again.
 	request any
-	details any // of the audit row
+	details any  // of the audit row
+	adopts  bool // the schema is there already: no spare is taken
 
 	// numbered is the same creation under a number; nil: the number is settled.
 	numbered func(number int32) change
@@ -192,7 +195,11 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		err = p.patiently(ctx, func() error {
 			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 				if c.numbered != nil {
-					number, err := p.spareFor(ctx, tx, c.tenant.Group, nil)
+					var number int32
+					var err error
+					if !c.adopts {
+						number, err = p.spareFor(ctx, tx, c.tenant.Group, nil)
+					}
 					if err == nil && number == 0 {
 						number, err = registry.NextNumber(ctx, tx)
 					}
@@ -279,7 +286,7 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 		var refused []int32 // spares that creations have reserved already
 		for {
 			var spare int32
-			if c.numbered != nil {
+			if c.numbered != nil && !c.adopts {
 				spare = p.spareApart(ctx, c.tenant.Group, refused)
 			}
 			err := inMain(func(tx *postgres.OwnerTx) error {
@@ -486,6 +493,7 @@ type request struct {
 	AdminPasswordHash string          `json:"admin_password_hash,omitempty"`
 	Settings          json.RawMessage `json:"settings,omitempty"`
 	GraceSeconds      int64           `json:"grace_seconds,omitempty"`
+	Adopt             *Adoption       `json:"adopt,omitempty"`
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

@@ -33,6 +33,7 @@ type CreateRequest struct {
 	// transaction.
 	AdminEmail, AdminPasswordHash string
 	Settings                      json.RawMessage // a JSON object; empty: {}
+	Adopt                         *Adoption       // the schema is there already; nil: it is to be made
 	Actor                         string          // who asked, for the audit trail
 }
 
@@ -43,6 +44,7 @@ func (r CreateRequest) wire() request {
 	w := request{
 		Slug: r.Slug.String(), Name: r.Name, Schema: r.Schema.String(), Group: r.Group,
 		AdminEmail: r.AdminEmail, AdminPasswordHash: r.AdminPasswordHash, Settings: r.Settings,
+		Adopt: r.Adopt,
 	}
 	for _, h := range r.Domains {
 		w.Domains = append(w.Domains, h.String())
@@ -51,7 +53,7 @@ func (r CreateRequest) wire() request {
 }
 
 func (w request) create(actor string) (CreateRequest, error) {
-	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Actor: actor}
+	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Adopt: w.Adopt, Actor: actor}
 	var err error
 	if r.Slug, err = tenant.ParseSlug(w.Slug); err != nil {
 		return r, err
@@ -213,9 +215,13 @@ func (p *Provisioner) newCreation(ctx context.Context, r CreateRequest) (change,
 	if err != nil {
 		return change{}, err
 	}
+	reference, err := p.referenceOf(ctx, r)
+	if err != nil {
+		return change{}, err
+	}
 	var numbered func(int32) change
 	numbered = func(number int32) change {
-		c := p.creationOn(inst, r, number)
+		c := p.creationOn(inst, r, number, reference)
 		c.numbered = numbered
 		return c
 	}
@@ -228,18 +234,23 @@ func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int3
 	if err != nil {
 		return change{}, err
 	}
-	return p.creationOn(inst, r, number), nil
+	reference, err := p.referenceOf(ctx, r)
+	return p.creationOn(inst, r, number, reference), err
 }
 
-func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, number int32) change {
+func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, number int32, reference structure.Structure) change {
 	t := tenant.Tenant{Number: number, Slug: r.Slug, Schema: r.Schema, Group: r.Group, State: tenant.Active, Name: r.Name}
 	state := tenant.Active
 	if !p.o.DB.SameDatabase(r.Group) {
 		state = tenant.Creating
 	}
+	details := map[string]any{"schema": r.Schema.String(), "group": r.Group}
+	if r.Adopt != nil {
+		details["adopted_at_version"] = r.Adopt.Version
+	}
 	return change{
 		kind: KindCreate, point: "create", tenant: t, actor: r.Actor, request: r.wire(),
-		details: map[string]any{"schema": r.Schema.String(), "group": r.Group},
+		details: details, adopts: r.Adopt != nil,
 		begin: func(ctx context.Context, q postgres.Querier) error {
 			if err := room(ctx, q, r.Group); err != nil {
 				return err
@@ -258,7 +269,12 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 			}
 			return nil
 		},
-		schema: func(ctx context.Context, tx *postgres.OwnerTx) error { return p.makeSchema(ctx, tx, r, inst, number) },
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if r.Adopt != nil {
+				return p.adoptSchema(ctx, tx, r, inst, number, reference)
+			}
+			return p.makeSchema(ctx, tx, r, inst, number)
+		},
 		finish: func(ctx context.Context, q postgres.Querier) error {
 			if state == tenant.Active {
 				return nil
