@@ -92,6 +92,11 @@ func (b *bench) install(ctx context.Context, name string, isolation postgres.Iso
 
 // open gives fn the packages on one owner connection.
 func (in *installation) open(fn func(*postgres.DB, *migrate.Migrator, *provision.Provisioner) error) error {
+	return in.openPooled(0, fn)
+}
+
+// openPooled is open with a warm pool of size spares.
+func (in *installation) openPooled(size int, fn func(*postgres.DB, *migrate.Migrator, *provision.Provisioner) error) error {
 	o := postgres.DefaultOptions()
 	o.Groups = map[string]postgres.Group{postgres.MainGroup: in.group}
 	o.Secret, o.OwnerConns, o.Isolation = secret, 1, in.isolation
@@ -109,7 +114,7 @@ func (in *installation) open(fn func(*postgres.DB, *migrate.Migrator, *provision
 		return err
 	}
 	p, err := provision.New(provision.Options{
-		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, Logger: slog.New(slog.DiscardHandler),
+		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, PoolSize: size, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		return err
@@ -125,6 +130,9 @@ func token(slug string) string {
 
 const recordsEach = 50
 
+// benchHash has the form of a password's hash; nobody knows the password.
+const benchHash = "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHQ$c29tZWhhc2hzb21laGFzaHNvbWVoYXNoc29tZWhhc2g"
+
 // grow creates tenants until there are n, each with a user, a session, a pipeline and 50 records.
 func (in *installation) grow(ctx context.Context, n int) error {
 	return in.open(func(db *postgres.DB, _ *migrate.Migrator, p *provision.Provisioner) error {
@@ -133,7 +141,7 @@ func (in *installation) grow(ctx context.Context, n int) error {
 			if err != nil {
 				return err
 			}
-			t, err := p.Create(ctx, provision.CreateRequest{Slug: slug, AdminEmail: "bench@example.com", AdminPasswordHash: "$argon2id$v=19$m=64,t=1,p=1$c29tZXNhbHQ$c29tZWhhc2hzb21laGFzaHNvbWVoYXNoc29tZWhhc2g"})
+			t, err := p.Create(ctx, provision.CreateRequest{Slug: slug, AdminEmail: "bench@example.com", AdminPasswordHash: benchHash})
 			if err != nil {
 				return err
 			}

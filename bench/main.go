@@ -20,7 +20,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "create,read,fleet", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ","))
+	only := flag.String("only", "create,claim,read,fleet", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ","))
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
@@ -53,7 +53,7 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many int, 
 	for _, part := range only {
 		if part == "fleet" {
 			only = append(only, fleetParts...)
-		} else if !slices.Contains(append([]string{"create", "read"}, fleetParts...), part) {
+		} else if !slices.Contains(append([]string{"create", "claim", "read"}, fleetParts...), part) {
 			return fmt.Errorf("-only: there is no %q", part)
 		}
 	}
@@ -91,6 +91,11 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many int, 
 	b.printf("Machine: %s\n", machine())
 	if slices.Contains(only, "create") {
 		if err := b.create(ctx, 200); err != nil {
+			return err
+		}
+	}
+	if slices.Contains(only, "claim") {
+		if err := b.claim(ctx, 200); err != nil {
 			return err
 		}
 	}

@@ -173,7 +173,7 @@ const codeNotSpare = "no_spares"
 // current": renaming the schema would leave them behind.
 func nameless(ctx context.Context, tx *postgres.OwnerTx, schema string) error {
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1::text),
-named as (
+named as materialized ( -- or every schema of the database would be looked through
 	select 'the function ' || f.proname as what, f.prosrc || ' ' || coalesce(f.proconfig::text, '') as body
 	from pg_catalog.pg_proc f join s on f.pronamespace = s.oid
 	union all

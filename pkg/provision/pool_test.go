@@ -583,3 +583,99 @@ create trigger t before insert on b for each row execute function g()`)}}))
 	require.True(t, did)
 	f.invariants(t)
 }
+
+// A spare that a creation is taking is not destroyed under its hands: neither while its row nor while its operation lock
+// is held.
+func TestSpareInUseIsNotDestroyed(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		t.Run(group, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, group)
+			ctx := t.Context()
+			p := f.pooled(t, 1)
+			number := f.spares(t, group)[0]
+			for what, hold := range map[string]func(*postgres.OwnerTx) error{
+				"row": func(tx *postgres.OwnerTx) error {
+					_, err := tx.Exec(ctx, `select from public.placements where number = $1 for update`, number)
+					return err
+				},
+				"operation lock": func(tx *postgres.OwnerTx) error { return tx.LockOperation(ctx, number, 0) },
+			} {
+				require.NoError(t, f.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+					require.NoError(t, hold(tx))
+					did, err := p.Keep(ctx, group, 0)
+					require.NoErrorf(t, err, "while somebody has its %s", what)
+					require.Falsef(t, did, "the spare was destroyed while somebody had its %s", what)
+					return nil
+				}))
+			}
+			require.Equal(t, []int32{number}, f.spares(t, group))
+			f.invariants(t)
+		})
+	}
+}
+
+// A pool that is emptied while tenants are made from it: each spare is either destroyed or a tenant's, and no tenant
+// loses anything.
+func TestEmptyingWhileClaiming(t *testing.T) {
+	t.Parallel()
+	for _, group := range []string{"main", "second"} {
+		t.Run(group, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, group)
+			ctx := t.Context()
+			const size = 12
+			p := f.pooled(t, size)
+			var wg sync.WaitGroup
+			for range 2 {
+				emptier := f.sized(t, 0)
+				wg.Go(func() {
+					for len(f.spares(t, group)) > 0 {
+						if _, err := emptier.Keep(ctx, group, 0); err != nil && !fault.Is(err, fault.Locked) {
+							t.Errorf("empty the pool: %v", err)
+						}
+					}
+				})
+			}
+			for i := range size {
+				wg.Go(func() {
+					_, err := p.Create(ctx, provision.CreateRequest{
+						Slug: pgtest.Slug(t, fmt.Sprintf("t-%d", i)), Group: group, AdminEmail: "ann@acme.example", AdminPasswordHash: someHash, Actor: "test",
+					})
+					if err != nil {
+						t.Errorf("t-%d: %v", i, err)
+					}
+				})
+			}
+			wg.Wait()
+			for i := range size {
+				tn, err := find(ctx, f.db, fmt.Sprintf("t-%d", i))
+				require.NoError(t, err)
+				var users int
+				require.NoError(t, f.db.InTenant(ctx, tn, postgres.Single, func(tx *postgres.Tx) error {
+					return tx.QueryRow(ctx, `select count(*) from users`).Scan(&users)
+				}))
+				require.Equal(t, 1, users)
+			}
+			require.Empty(t, f.spares(t, group))
+			f.invariants(t)
+		})
+	}
+}
+
+// A schema that would not be given away once it is made is not made, or it would be destroyed and made again for ever.
+func TestSpareThatWouldNotBeGiven(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	p := f.sized(t, 1)
+	_, err := pgtest.Admin(t, f.env.AdminURL).PgConn().Exec(t.Context(), `create function public.leave() returns trigger language plpgsql as
+$$ begin insert into public.progress (tenant, version, checksum) values (new.number, 1, sha256('')); return new; end $$;
+create trigger leave after insert on public.placements for each row execute function public.leave()`).ReadAll()
+	require.NoError(t, err)
+	did, err := p.Keep(t.Context(), "main", 1)
+	requireFault(t, err, fault.Conflict, "no_spares")
+	require.False(t, did)
+	require.Empty(t, f.spares(t, "main"))
+	f.invariants(t)
+}
