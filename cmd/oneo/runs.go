@@ -116,6 +116,9 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	}
 	// One connection is left for the run's own rows.
 	jobs := max(1, min(o.jobs, a.Config.Database.OwnerConns-1))
+	if jobs < o.jobs {
+		p.say("%d jobs at one time: database.owner_conns is %d, and one connection is the run's own", jobs, a.Config.Database.OwnerConns)
+	}
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
 	m := a.Config.Migrate

@@ -1,6 +1,7 @@
 package pgtest
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -28,7 +29,8 @@ func (env *Env) PgBouncer(t testing.TB, size int) (addr string) {
 	dir, err := os.MkdirTemp("", "bouncer-")
 	require(err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ctx := context.Background()
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
 	require(err)
 	_, listen, _ := net.SplitHostPort(l.Addr().String())
 	require(l.Close())
@@ -52,9 +54,9 @@ ignore_startup_parameters = extra_float_digits
 	}
 	require(os.WriteFile(filepath.Join(dir, "users"), []byte(users), 0o644))
 	require(os.Chmod(dir, 0o755))
-	cmd := exec.Command("pgbouncer", ini)
+	cmd := exec.CommandContext(ctx, "pgbouncer", ini)
 	if path, err := exec.LookPath("pgbouncer"); err != nil {
-		cmd = exec.Command("/usr/sbin/pgbouncer", ini)
+		cmd = exec.CommandContext(ctx, "/usr/sbin/pgbouncer", ini)
 	} else {
 		cmd.Path = path
 	}
@@ -79,7 +81,7 @@ ignore_startup_parameters = extra_float_digits
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	addr = net.JoinHostPort("127.0.0.1", listen)
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		c, err := net.Dial("tcp", addr)
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 		if err == nil {
 			_ = c.Close()
 			return addr

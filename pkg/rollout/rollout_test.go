@@ -55,17 +55,6 @@ func plan(t *testing.T, r *rollout.Runner, s rollout.Spec) rollout.Run {
 	return run
 }
 
-// states are the tasks' states by slug.
-func states(t *testing.T, r *rollout.Runner, run rollout.Run) map[string]string {
-	t.Helper()
-	all := map[string]string{}
-	require.NoError(t, r.Tasks(t.Context(), run.ID, func(task rollout.Reported) error {
-		all[task.Slug] = task.State
-		return nil
-	}))
-	return all
-}
-
 // counter counts how often each tenant's work was done.
 type counter struct {
 	mu    sync.Mutex

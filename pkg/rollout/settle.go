@@ -127,7 +127,8 @@ from public.runs r where r.id = $1`
 
 // finish ends the run where it is to end: nothing is left, too many have failed, or a canary has.
 func (w *crew) finish(ctx context.Context, tx *postgres.OwnerTx, s *settled, inWave int) (bool, error) {
-	state, why := "", (*fault.Fault)(nil)
+	var state string
+	var why *fault.Fault
 	switch r := s.run; {
 	case r.Left() == 0 && r.Failed == 0:
 		state = registry.Done

@@ -83,6 +83,9 @@ func problemOf(err error, requestID, path string) (problem, http.Header) {
 		p.Detail = "something went wrong on our side; the request id finds it in the log"
 	case f.Kind == fault.Pending: // what is outstanding, down to its code, is the operator's affair
 		p.Code, p.Detail = string(fault.Unavailable), notNow
+	case p.Code == "lock_timeout":
+		// Nothing about the request is in conflict: a migration or another writer was at the table for a moment.
+		p.Status, p.Detail = http.StatusServiceUnavailable, notNow
 	case f.Kind == fault.Unavailable && !outspoken[p.Code]:
 		p.Detail = notNow
 	default:

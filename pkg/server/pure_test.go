@@ -68,6 +68,7 @@ func TestProblemsTellOnlyWhatAStrangerMayKnow(t *testing.T) {
 			WithCode("database_unreachable").WithHint("t_acme"), 503, "database_unreachable", "try again"},
 		{"not set up", fault.Wrap(secret, fault.Pending, "the login oneo_app_1 has a search path of its own").WithCode("search_path").
 			WithHint("run `oneo init`, which sets it empty"), 503, "unavailable", "try again"},
+		{"a migration at the table", fault.Wrap(secret, fault.Locked, "another transaction holds a lock on this").WithCode("lock_timeout"), 503, "lock_timeout", "try again"},
 		{"deadline", context.DeadlineExceeded, 503, "timeout", "too long"},
 		{"not found", fault.Wrap(secret, fault.NotFound, "there is no such record"), 404, "not_found", "no such record"},
 		{"unknown outcome", fault.Wrap(secret, fault.Unavailable, "the change may or may not have been made").WithCode("outcome_unknown").WithRetry(time.Second),
