@@ -193,11 +193,16 @@ func (p *progress) remaining(left int, rate float64) time.Duration {
 	return time.Duration(float64(left) / rate * float64(time.Second))
 }
 
-// end clears the line and names the slowest tenants.
-func (p *progress) end() {
+// clear takes the line away for what others write. It is drawn again with the next news.
+func (p *progress) clear() {
 	if p.mode == "draw" {
 		fmt.Fprint(p.e.err, "\r\x1b[K")
 	}
+}
+
+// end clears the line and names the slowest tenants.
+func (p *progress) end() {
+	p.clear()
 	if p.mode != "draw" || p.counts.Tasks() < 10 || len(p.slowest) == 0 {
 		return
 	}

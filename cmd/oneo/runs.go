@@ -21,15 +21,25 @@ import (
 // runWork is what a kind of run does with each tenant.
 type runWork struct {
 	do func(ctx context.Context, task rollout.Task) rollout.Outcome
-	// done is called once the run is over, however it ended; may be nil.
-	done    func(ctx context.Context, run rollout.Run) error
-	timeout time.Duration // for one tenant; 0: none
+	// begin is called first, with what ends when this process is to stop: the contexts of do go on. May be nil.
+	begin func(ctx context.Context)
+	// told is called with what happens, before it is told as progress; may be nil.
+	told func(rollout.Event)
+	// done is called once the run is over, however it ended, instead of a report of its tasks; may be nil. say tells the
+	// story in the form of the progress.
+	done      func(ctx context.Context, run rollout.Run, say func(string, ...any)) error
+	timeout   time.Duration // for one tenant; 0: none
+	noOwner   bool          // takes no connection of the owner's: as many tenants at one time as were asked for
+	live      bool          // what the tenants say is the progress, unless another one is asked for
+	brokenOff bool          // an interruption breaks off what is in hand
 }
 
 // runKinds makes the work of each kind of run from what was asked for, so that any process can resume it.
 var runKinds = map[string]func(e *env, a *app.App, request json.RawMessage) (runWork, error){
 	kindMigrate:  migrateWork,
 	kindRehearse: migrateWork,
+	kindSQL:      sqlWork,
+	kindEach:     eachWork,
 }
 
 // workOptions are the flags of those who work on a run.
@@ -110,14 +120,29 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	if err != nil {
 		return err
 	}
+	if w.begin != nil {
+		w.begin(ctx)
+	}
+	if w.live && o.progress == "auto" {
+		o.progress = "none"
+	}
 	p, err := newProgress(e, o.progress, run)
 	if err != nil {
 		return err
 	}
 	// One connection is left for the run's own rows.
-	jobs := max(1, min(o.jobs, a.Config.Database.OwnerConns-1))
-	if jobs < o.jobs {
+	jobs := o.jobs
+	if most := max(1, a.Config.Database.OwnerConns-1); jobs > most && !w.noOwner {
+		jobs = most
 		p.say("%d jobs at one time: database.owner_conns is %d, and one connection is the run's own", jobs, a.Config.Database.OwnerConns)
+	}
+	told := p.told
+	if w.told != nil {
+		told = func(ev rollout.Event) {
+			p.clear()
+			w.told(ev)
+			p.told(ev)
+		}
 	}
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
@@ -125,7 +150,7 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	brake := a.Rollout.Brake(looking, a.DB.Groups(), rollout.Bounds{LockWaits: m.MaxLockWaits, ReplicaLag: m.MaxReplicaLag, Connections: m.MaxConnections})
 	start := time.Now()
 	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
-		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Told: p.told,
+		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Told: told,
 	}, w.do)
 	p.end()
 	if err != nil && !errors.Is(err, context.Canceled) {
@@ -134,7 +159,7 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	interrupted := err != nil
 	ctx = context.WithoutCancel(ctx) // what was done is told all the same
 	if w.done != nil {
-		if err := w.done(ctx, end); err != nil {
+		if err := w.done(ctx, end, p.say); err != nil {
 			return err
 		}
 	} else if err := showTasks(ctx, e, a, end, rows); err != nil {
@@ -143,7 +168,11 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	p.say("%s in %s", tally(end), short(time.Since(start)))
 	switch {
 	case interrupted && !end.Over():
-		p.say("interrupted; the tenants in hand are finished. To go on: oneo migrate run resume %s", end.ID)
+		inHand := "the tenants in hand are finished"
+		if w.brokenOff {
+			inHand = "what was broken off is done again"
+		}
+		p.say("interrupted; %s. To go on: oneo migrate run resume %s", inHand, end.ID)
 		return errExit{exitInterrupted}
 	case end.State == registry.Paused:
 		p.say("the run is paused. To go on: oneo migrate run resume %s", end.ID)

@@ -32,6 +32,7 @@ var All = []string{
 	"migrate.batch", "migrate.batched", "migrate.after",
 	"down.before", "down.applied", "down.after",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
+	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }
 
 var armed = sync.OnceValues(func() (map[string]string, error) {

@@ -288,7 +288,7 @@ func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
 			WithCode("search_path").WithHint("run `oneo init`, which sets it empty")
 	}
 	if g.opts.Statements == Prepared {
-		for name, sql := range map[string]string{nameBegin: sqlBegin, nameGate: sqlGate, nameBind: g.opts.sqlBind()} {
+		for name, sql := range map[string]string{nameBegin: sqlBegin, nameGate: sqlGate, nameBind: g.opts.sqlBind(g.opts.Serves)} {
 			if _, err := c.Prepare(ctx, name, sql); err != nil {
 				return err
 			}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"time"
 
@@ -63,8 +64,8 @@ const (
 )
 
 // sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on.
-func (o *Options) sqlBind() string {
-	return fmt.Sprintf(formBind, o.Serves.Min, o.Serves.Head, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
+func (o *Options) sqlBind(serves Range) string {
+	return fmt.Sprintf(formBind, serves.Min, serves.Head, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
 }
 
 // Tx is a transaction bound to one tenant, or one on the shared tables. It runs plain reading and writing statements
@@ -75,6 +76,8 @@ type Tx struct {
 	conn   *pgxpool.Conn
 	tenant tenant.Tenant
 	access Access
+	// anyVersion binds to a tenant at whatever version: the statements are not this binary's.
+	anyVersion bool
 
 	bound time.Time        // when it was about to be; zero: it has not been
 	was   int32            // the tenant's version then
@@ -95,6 +98,10 @@ var _ Querier = (*Tx)(nil)
 // version is outside of the range that is served), Gone, Busy, Unavailable.
 // A panic in fn rolls back and goes on.
 func (db *DB) InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(*Tx) error) error {
+	return db.inTenant(ctx, t, &Tx{access: a}, fn)
+}
+
+func (db *DB) inTenant(ctx context.Context, t tenant.Tenant, tx *Tx, fn func(*Tx) error) error {
 	if t.IsZero() {
 		return fault.New(fault.Internal, "work was to be bound to no tenant").WithCode("no_tenant")
 	}
@@ -111,7 +118,7 @@ func (db *DB) InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(*
 		return withTenant(err, t)
 	}
 	defer leave()
-	tx := &Tx{group: g, sub: sub, tenant: t, access: a}
+	tx.group, tx.sub, tx.tenant = g, sub, t
 	return withTenant(tx.run(ctx, fn), t)
 }
 
@@ -188,7 +195,10 @@ func (tx *Tx) begin(ctx context.Context) error {
 func (tx *Tx) bind(ctx context.Context, c *pgx.Conn) error {
 	begin, gate, bind := nameBegin, nameGate, nameBind
 	if tx.group.opts.Statements == Unprepared {
-		begin, gate, bind = sqlBegin, sqlGate, tx.group.opts.sqlBind()
+		begin, gate, bind = sqlBegin, sqlGate, tx.group.opts.sqlBind(tx.group.opts.Serves)
+	}
+	if tx.anyVersion {
+		bind = tx.group.opts.sqlBind(Range{Head: math.MaxInt32})
 	}
 	b := &pgx.Batch{}
 	b.Queue(begin)

@@ -50,7 +50,7 @@ func disturbed(err error) bool {
 // repeated, from one of its own. Only errors that may come of one are looked into, for a round trip: after the
 // transaction's end, with its connection still there.
 func (tx *Tx) explain(ctx context.Context, err error) error {
-	if err == nil || tx.bound.IsZero() || tx.conn == nil || tx.conn.Conn().IsClosed() {
+	if err == nil || tx.anyVersion || tx.bound.IsZero() || tx.conn == nil || tx.conn.Conn().IsClosed() {
 		return err
 	}
 	cause := err

@@ -68,6 +68,9 @@ type Spec struct {
 	// Alone refuses a run while another one of its kind is open that has tenants in common with it, and goes on with
 	// that one when it was asked for by the same request. One whose processes are dead is aborted instead.
 	Alone bool
+	// Join goes on with an open run of its kind on the same tenants that was asked for by the same request, and minds no
+	// other one.
+	Join bool
 }
 
 // Item is one tenant of a run.
@@ -192,7 +195,7 @@ func (r *Runner) Plan(ctx context.Context, s Spec) (run Run, joined bool, err er
 		return run, false, fmt.Errorf("write request: %w", err)
 	}
 	err = r.inMain(ctx, func(tx *postgres.OwnerTx) error {
-		if s.Alone {
+		if s.Alone || s.Join {
 			// Who plans a run of this kind waits for who plans another: a row lock would lock nothing when there is none.
 			if _, err := tx.Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, pg_catalog.hashtext($2))`, lockPlan, s.Kind); err != nil {
 				return err
@@ -251,6 +254,8 @@ order by o.id for update`
 	}
 	for _, o := range others {
 		switch {
+		case !s.Alone && !o.same:
+			continue
 		case o.state == registry.Paused:
 			return id, false, fault.New(fault.Locked, "the run %s (by %s) is paused and has the same tenants", o.id, o.actor).
 				WithCode("run_paused").WithHint("oneo migrate run resume %s, or oneo migrate run abort %s", o.id, o.id)

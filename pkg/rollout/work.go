@@ -38,6 +38,8 @@ type Outcome struct {
 	From, To int
 	Result   any // JSON; may be nil
 	Err      error
+	// Undone hands the task back: its work was broken off because the process is to stop. Nothing else is written of it.
+	Undone   bool
 	Duration time.Duration // filled in by Work
 }
 
@@ -137,6 +139,10 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 					continue
 				}
 				out := w.guarded(working, t)
+				if out.Undone {
+					w.ended <- ended{task: t, back: true}
+					continue
+				}
 				if lasting(out) {
 					w.noteFailure()
 				}

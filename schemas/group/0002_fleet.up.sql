@@ -43,6 +43,15 @@ create table public.marks (
     primary key (run, tenant)
 );
 
+do $$
+declare login text;
+begin
+    -- A login lays the tenant's role down before it writes the mark; the app role and the tenants' roles may not.
+    foreach login in array string_to_array(current_setting('oneo.logins'), ',') loop
+        execute format('grant select, insert on public.marks to %I', login);
+    end loop;
+end $$;
+
 -- The least version of the files of group and of shared that a binary must know to serve from this database. A file that
 -- older binaries cannot stand writes its own version here; without that they go on serving when it has been applied.
 create table public.readers (
