@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 	"strings"
 	"time"
 
@@ -259,10 +258,8 @@ func (w *work) up(ctx context.Context) error {
 		}
 		var did []File
 		var alone *File
-		left := true // whether anything is known to be left
 		called, err := w.enter(ctx, span{0, w.target - 1}, false, func(tx *postgres.OwnerTx, st standing) (err error) {
 			did, alone, err = w.chunk(ctx, tx, st)
-			left = alone != nil || st.head+len(did) < w.target || st.beside || slices.ContainsFunc(did, func(f File) bool { return f.Beside })
 			return err
 		})
 		switch {
@@ -282,7 +279,7 @@ func (w *work) up(ctx context.Context) error {
 		if err == nil && called {
 			err = failpoint.Hit("migrate.after")
 		}
-		if err != nil || !left {
+		if err != nil {
 			return err
 		}
 		if w.res.To >= w.target {
