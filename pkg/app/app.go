@@ -24,6 +24,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/server"
+	"github.com/oneo-crm/oneo/pkg/snapshot"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
@@ -39,6 +40,7 @@ type App struct {
 	Structure *structure.Checker
 	Provision *provision.Provisioner
 	Rollout   *rollout.Runner
+	Snapshots *snapshot.Snapshots
 	Resolver  *registry.Resolver
 	Hasher    *auth.Hasher
 	Base      tenant.Host // a tenant's default domain is <slug>.<base>
@@ -111,6 +113,10 @@ func (a *App) open() (err error) {
 		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
 		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Logger: a.Log,
 	})
+	if err != nil {
+		return err
+	}
+	a.Snapshots, err = snapshot.New(snapshot.Options{DB: a.DB, Migrate: a.Migrate, Keep: c.Migrate.UndoKeep, Logger: a.Log})
 	if err != nil {
 		return err
 	}

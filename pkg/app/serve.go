@@ -91,6 +91,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 				a.Log.Error("operations worker", "error", err)
 			}
 		})
+		running.Go(func() { a.expireUndoPoints(beside) })
 	} else {
 		a.Log.Info("this instance cannot provision: database.owner_url is not set")
 	}
@@ -225,6 +226,28 @@ func (a *App) clearSessions(ctx context.Context) {
 		}
 		if err := a.ClearSessions(ctx); err != nil && ctx.Err() == nil {
 			a.Log.Warn("remove sessions that have run out", "error", err)
+		}
+	}
+}
+
+// expireUndoPointsEach is how often undo points are looked for whose time is over.
+const expireUndoPointsEach = time.Minute
+
+func (a *App) expireUndoPoints(ctx context.Context) {
+	ticker := time.NewTicker(expireUndoPointsEach)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		n, err := a.Snapshots.Expire(ctx)
+		if n > 0 {
+			a.Log.Info("dropped undo points that have expired", "tenants", n)
+		}
+		if err != nil && ctx.Err() == nil {
+			a.Log.Warn("drop undo points that have expired", "error", err)
 		}
 	}
 }

@@ -134,6 +134,7 @@ type Migrate struct {
 	MaxLockWaits   int           `mapstructure:"max_lock_waits"`
 	MaxReplicaLag  time.Duration `mapstructure:"max_replica_lag"`
 	MaxConnections int           `mapstructure:"max_connections"`
+	UndoKeep       time.Duration `mapstructure:"undo_keep"`
 }
 
 // Log says what is logged and how.
@@ -162,7 +163,7 @@ func Default() Config {
 		},
 		Auth:    Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
 		Cache:   Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
-		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90},
+		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Log:     Log{Level: "info", Format: "text"},
 	}
@@ -342,6 +343,7 @@ func (c Config) Validate() error {
 	between("auth.logins_per_minute", c.Auth.LoginsPerMinute, 1, 100_000)
 	positive("migrate.patience", c.Migrate.Patience)
 	positive("migrate.stale_after", c.Migrate.StaleAfter)
+	positive("migrate.undo_keep", c.Migrate.UndoKeep)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {

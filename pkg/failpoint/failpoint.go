@@ -31,6 +31,8 @@ var All = []string{
 	"migrate.before", "migrate.applied", "migrate.tidied", "migrate.begun", "migrate.statement", "migrate.finish",
 	"migrate.batch", "migrate.batched", "migrate.after",
 	"down.before", "down.applied", "down.after",
+	"point.made", "point.copied", "point.noted", "point.expired",
+	"undo.before", "undo.built", "undo.kept", "undo.filled", "undo.placed", "undo.after",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }

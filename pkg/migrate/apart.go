@@ -69,6 +69,9 @@ func (w *work) statements(ctx context.Context, f File) error {
 				if err := s.Script(ctx, sc.text()); err != nil {
 					return err
 				}
+				if err := w.o.Keeper.Reached(ctx, s); err != nil {
+					return err
+				}
 				return failpoint.Hit("migrate.finish")
 			})
 		})

@@ -106,7 +106,11 @@ func (w *work) batch(ctx context.Context, tx *postgres.OwnerTx, st standing, f F
 	if p.rows > p.bound || p.batches > p.bound/int64(f.least())+freeBatches {
 		return p, false, endless(f, p.rows, p.batches)
 	}
-	if p.changed, err = w.changeRows(ctx, tx, f); err != nil {
+	err = w.o.Keeper.Around(ctx, tx, func() (err error) {
+		p.changed, err = w.changeRows(ctx, tx, f)
+		return err
+	})
+	if err != nil {
 		return p, false, err
 	}
 	if p.changed > 0 {
@@ -123,6 +127,9 @@ func (w *work) batch(ctx context.Context, tx *postgres.OwnerTx, st standing, f F
 		}
 		sc.then("delete from public.progress where tenant = %d and version = %d", w.t.Number, f.Version)
 	})
+	if err == nil {
+		err = w.o.Keeper.Reached(ctx, tx)
+	}
 	if err == nil {
 		err = failpoint.Hit("migrate.batch")
 	}

@@ -60,6 +60,12 @@ func (f File) String() string { return fmt.Sprintf("%04d_%s", f.Version, f.Name)
 // Reversible reports whether the step can be taken back.
 func (f File) Reversible() bool { return f.Down != "" || f.code != nil && f.code.Down != nil }
 
+// OnlyIndexes reports whether the step is a file without a transaction that makes, drops and tends indexes and does
+// nothing else: what the tables hold is the same before and after it.
+func (f File) OnlyIndexes() bool {
+	return f.Kind == NoTransaction && !slices.ContainsFunc(f.shapes, func(s shape) bool { return s.form == ordinary || s.form == detach })
+}
+
 // alone reports whether the step cannot be part of a transaction with others.
 func (f File) alone() bool { return f.Kind == NoTransaction || f.Kind == Data && !f.Beside }
 

@@ -441,6 +441,26 @@ func sharedMissing(err error, group string) error {
 		WithCode("shared_behind").WithHint("oneo migrate --shared")
 }
 
+// SameFiles refuses files up to a version that differ from what was applied to one tenant of the database whose
+// transaction it is given.
+func (m *Migrator) SameFiles(ctx context.Context, q postgres.Querier, number int32, version int) error {
+	rows, err := q.Query(ctx, `select version, checksum from public.ledger where set = 'tenant' and tenant = $1 and version <= $2 order by version`, number, version)
+	if err != nil {
+		return err
+	}
+	var at, seen int
+	var sum []byte
+	_, err = pgx.ForEachRow(rows, []any{&at, &sum}, func() error {
+		seen++
+		return m.sameContent(TenantSet, at, sum)
+	})
+	if err == nil && seen != version {
+		return fault.New(fault.Conflict, "the ledger has %d of the versions up to %d of this tenant", seen, version).WithCode("ledger_gap").
+			WithHint("somebody has changed public.ledger by hand: put the rows back")
+	}
+	return err
+}
+
 func edited(f File, set Set) error {
 	return fault.New(fault.Conflict, "migration %s (%s) was changed after it had been applied", f, set).
 		WithCode("edited_migration").WithHint("restore the file as it was and write a new migration for the change")

@@ -30,6 +30,8 @@ type TenantOptions struct {
 	StatementTimeout time.Duration // for each statement; 0: none
 	LockWait         time.Duration // for another operation on the same tenant; 0: the Migrator's
 	Throttle         time.Duration // pause between the batches of a data migration
+	// Keeper keeps what the steps are about to change; nil: nothing is kept. A rehearsal keeps nothing.
+	Keeper Keeper
 	// Progress is called after each step, statement and batch that is more than part of a transaction, by the
 	// goroutine that called Tenant; may be nil.
 	Progress func(Progress)
@@ -43,6 +45,29 @@ type Progress struct {
 	Batches    int64 // of a data migration, over all attempts
 	Rows       int64 // that they changed
 }
+
+// Keeper keeps what the steps of a migration are about to change in one tenant, so that it can be put back. What it
+// writes stands or falls with the step.
+type Keeper interface {
+	// Around calls do, which changes the tenant's tables, in a transaction that is bound to the tenant and holds its
+	// operation lock. It may take what do has changed back, to a savepoint, and call it again. do is nil before a file
+	// without a transaction, whose statements follow elsewhere.
+	Around(ctx context.Context, tx *postgres.OwnerTx, do func() error) error
+	// Reached is called in the transaction in which the tenant has just reached another version outside of Around.
+	Reached(ctx context.Context, q postgres.Querier) error
+}
+
+// keepNothing is the Keeper of those who want none.
+type keepNothing struct{}
+
+func (keepNothing) Around(_ context.Context, _ *postgres.OwnerTx, do func() error) error {
+	if do == nil {
+		return nil
+	}
+	return do()
+}
+
+func (keepNothing) Reached(context.Context, postgres.Querier) error { return nil }
 
 // Tenant brings one tenant up to its target. It may be suspended, and need not be in the registry; it must have a
 // placement. Its consecutive steps are one transaction where they can be: after a failure the tenant is at the version
@@ -99,6 +124,9 @@ func (m *Migrator) work(t tenant.Tenant, o TenantOptions, target int) *work {
 	}
 	if o.Progress == nil {
 		o.Progress = func(Progress) {}
+	}
+	if o.Keeper == nil || o.Rehearse {
+		o.Keeper = keepNothing{}
 	}
 	return &work{m: m, t: t, o: o, target: target, start: time.Now()}
 }
@@ -321,7 +349,10 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 		}
 	}
 	if n == 0 {
-		return nil, &files[0], nil
+		if files[0].Kind == NoTransaction {
+			err = w.o.Keeper.Around(ctx, tx, nil)
+		}
+		return nil, &files[0], err
 	}
 	// What older code cannot stand must not come between two statements of a request: those at work are waited for.
 	if !w.o.Rehearse && w.m.Reader(files[n-1].Version) > w.m.Reader(st.head) {
@@ -340,7 +371,10 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 			steps[i].text, steps[i].parts = f.Up, f.steps
 		}
 	}
-	if err := w.run(ctx, tx, st.xid, steps, func(sc *script) { w.m.recordUp(sc, w.t.Number, files[:n], sinceBegin) }); err != nil {
+	err = w.o.Keeper.Around(ctx, tx, func() error {
+		return w.run(ctx, tx, st.xid, steps, func(sc *script) { w.m.recordUp(sc, w.t.Number, files[:n], sinceBegin) })
+	})
+	if err != nil {
 		return nil, nil, err
 	}
 	if err := failpoint.Hit("migrate.applied"); err != nil {

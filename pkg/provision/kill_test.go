@@ -128,8 +128,9 @@ func TestKillEverywhere(t *testing.T) {
 	t.Parallel()
 	for _, group := range []string{"main", "second"} {
 		for _, place := range slices.Concat(failpoint.All, claiming) {
-			if strings.HasPrefix(place, "run.") || strings.HasPrefix(place, "migrate.") || strings.HasPrefix(place, "down.") || strings.HasPrefix(place, "sql.") {
-				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate does
+			if strings.HasPrefix(place, "run.") || strings.HasPrefix(place, "migrate.") || strings.HasPrefix(place, "down.") ||
+				strings.HasPrefix(place, "sql.") || strings.HasPrefix(place, "point.") || strings.HasPrefix(place, "undo.") {
+				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate does; undo points: pkg/snapshot
 			}
 			t.Run(group+" "+place, func(t *testing.T) {
 				t.Parallel()

@@ -767,6 +767,9 @@ func destroy(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installati
 	default:
 		details[codeSchemaMissing] = true
 	}
+	if err := dropUndo(ctx, tx, number); err != nil {
+		return err
+	}
 	if err := dropRole(ctx, tx, inst.TenantRole(number), details); err != nil {
 		return err
 	}
@@ -774,6 +777,25 @@ func destroy(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installati
 		return err
 	}
 	_, err = tx.Exec(ctx, `delete from public.placements where number = $1`, number)
+	return err
+}
+
+// dropUndo destroys what runs have kept of a number, and what taking them back has taken out.
+func dropUndo(ctx context.Context, tx *postgres.OwnerTx, number int32) error {
+	rows, err := tx.Query(ctx, `select coalesce(undone, schema) from public.undo_points where tenant = $1 order by run`, number)
+	if err != nil {
+		return err
+	}
+	schemas, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	for _, s := range schemas {
+		if err := tx.Script(ctx, "drop schema if exists "+postgres.Quote(s)+" cascade"); err != nil {
+			return err
+		}
+	}
+	_, err = tx.Exec(ctx, `delete from public.undo_points where tenant = $1`, number)
 	return err
 }
 

@@ -104,6 +104,17 @@ func ReferenceSchema(random uint64) Schema {
 	return Schema{fmt.Sprintf("oneo_reference_%016x", random)}
 }
 
+// UndoSchema is the name of the schema that holds what a run has kept of the tenant of a number; UndoneSchema of the one
+// that holds what undoing the run has taken out. run tells runs apart: 8 hex digits.
+func UndoSchema(number int32, run string) Schema {
+	return Schema{fmt.Sprintf("oneo_undo_%d_%s", number, run)}
+}
+
+// UndoneSchema is told of at UndoSchema.
+func UndoneSchema(number int32, run string) Schema {
+	return Schema{fmt.Sprintf("oneo_undone_%d_%s", number, run)}
+}
+
 func checkSchema(s string) error {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Invalid, "schema name %q "+format, append([]any{clip(s)}, args...)...).

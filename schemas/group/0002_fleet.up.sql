@@ -60,3 +60,31 @@ create table public.readers (
 );
 
 do $$ begin execute format('grant select on public.readers to %I', current_setting('oneo.app_role')); end $$;
+
+-- What a run has kept of a tenant before it changed it, until it expires: `oneo undo` puts it back. schema holds copies
+-- of the tables that the run has changed, as they were; nobody but the owner may look at them. The row is written in the
+-- transactions of the tenant's migrations.
+create table public.undo_points (
+    run          uuid not null,
+    -- Whoever takes the placement away must take the schemas away first.
+    tenant       integer not null references public.placements (number),
+    schema       text collate "C" not null unique,
+    from_version integer not null check (from_version >= 0),
+    -- As far as this run has come: a tenant at any other version cannot be taken back.
+    to_version   integer not null check (to_version >= from_version),
+    -- The tables that were copied, each with the number of its rows; and the last value of each sequence.
+    tables       jsonb not null default '{}',
+    sequences    jsonb not null default '{}',
+    -- The names of all objects before the run, and of those that it has made: what is in neither is somebody else's.
+    had          text[] not null,
+    made         text[] not null default '{}',
+    made_at      timestamptz not null default now(),
+    updated_at   timestamptz not null default now(),
+    expires_at   timestamptz not null,
+    -- Once the tenant was taken back schema is gone, and undone is where the tables lie that it had until then.
+    undone_at    timestamptz,
+    undone       text collate "C" unique check ((undone is null) = (undone_at is null)),
+    primary key (run, tenant)
+);
+create index undo_points_tenant on public.undo_points (tenant, to_version);
+create index undo_points_expiry on public.undo_points (expires_at);

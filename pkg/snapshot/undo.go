@@ -1,0 +1,662 @@
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/structure"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Point says of a tenant what a run has kept of it.
+type Point struct {
+	Number    int32
+	From, To  int // versions: before the run, and as far as the run has come
+	Tables    []string
+	ExpiresAt time.Time
+	Expired   bool
+	Undone    bool
+}
+
+// Points lists what a run has kept in the database of a group, by the tenants' numbers.
+func (s *Snapshots) Points(ctx context.Context, group string, run uuid.UUID) (map[int32]Point, error) {
+	const list = `select u.tenant, u.from_version, u.to_version,
+	array(select k from pg_catalog.jsonb_object_keys(u.tables) k order by k), u.expires_at, u.expires_at <= pg_catalog.now(), u.undone_at is not null
+from public.undo_points u where u.run = $1`
+	points := map[int32]Point{}
+	err := s.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		rows, err := tx.Query(ctx, list, run)
+		if err != nil {
+			return err
+		}
+		var p Point
+		_, err = pgx.ForEachRow(rows, []any{&p.Number, &p.From, &p.To, &p.Tables, &p.ExpiresAt, &p.Expired, &p.Undone}, func() error {
+			points[p.Number] = p
+			p.Tables = nil
+			return nil
+		})
+		return err
+	})
+	return points, err
+}
+
+// Loss is what taking a tenant back takes away, as far as it can be counted.
+type Loss struct {
+	// Rows is how many rows of the tables that were copied, or that the run has made, were inserted or changed since the
+	// run. Rows that were deleted since are not counted, and come back.
+	Rows int64
+	// Made are the tables and columns that the run has made, which go with what is in them.
+	Made []string
+}
+
+// Check asks whether a tenant can be taken back now, and what would be lost. The faults are those of Undo.
+func (s *Snapshots) Check(ctx context.Context, t tenant.Tenant, run uuid.UUID) (Loss, error) {
+	var loss Loss
+	err := s.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error {
+		p, err := read(ctx, tx, run, t.Number, false)
+		if err == nil {
+			err = s.may(ctx, tx, t, p)
+		}
+		if err != nil {
+			return unknown(err)
+		}
+		old, err := s.reference(ctx, t.Group, p.from)
+		if err != nil {
+			return err
+		}
+		has, err := objects(ctx, tx, p.namespace)
+		if err != nil {
+			return err
+		}
+		if err := p.foreign(has, old); err != nil {
+			return err
+		}
+		for _, o := range p.made {
+			if kind, _, _ := strings.Cut(o, " "); (kind == "table" || kind == "column") && has[o] {
+				loss.Made = append(loss.Made, o)
+			}
+		}
+		loss.Made = slices.DeleteFunc(loss.Made, func(o string) bool { // a table's columns go without saying
+			name, isColumn := strings.CutPrefix(o, "column ")
+			if !isColumn {
+				return false
+			}
+			return slices.ContainsFunc(loss.Made, func(t string) bool { return strings.HasPrefix("table "+name, t+".") })
+		})
+		loss.Rows, err = p.since(ctx, tx, run, t.Number)
+		return err
+	})
+	return loss, named(err, t)
+}
+
+// since counts the rows that were written behind the run's own.
+func (p point) since(ctx context.Context, tx *postgres.OwnerTx, run uuid.UUID, number int32) (rows int64, err error) {
+	tables, err := readTables(ctx, tx, p.namespace)
+	if err != nil {
+		return 0, err
+	}
+	var counts []string
+	for _, t := range tables {
+		_, kept := p.tables[t.name]
+		if kept || slices.Contains(p.made, "table "+t.name) {
+			if t.isRoot() {
+				counts = append(counts, "(select pg_catalog.count(*) from "+t.from(p.at)+" where pg_catalog.age(xmin) < (select pg_catalog.age(b.xmin) from b))")
+			}
+		}
+	}
+	if len(counts) == 0 {
+		return 0, nil
+	}
+	err = tx.QueryRow(ctx, "with b as materialized (select xmin from public.undo_points where run = $1 and tenant = $2) select "+strings.Join(counts, " + "), run, number).Scan(&rows)
+	return rows, err
+}
+
+// unknown says that there is no undo point.
+func unknown(err error) error {
+	if errors.Is(err, pgx.ErrNoRows) {
+		return fault.New(fault.NotFound, "there is no undo point of this run for the tenant: it kept none, or it has expired and was dropped").WithCode("no_undo_point")
+	}
+	return err
+}
+
+// may refuses what can be refused without building anything.
+func (s *Snapshots) may(ctx context.Context, q postgres.Querier, t tenant.Tenant, p point) error {
+	refuse := func(code, format string, args ...any) *fault.Fault {
+		return fault.New(fault.Conflict, format, args...).WithCode(code)
+	}
+	switch {
+	case p.undoneAt != nil:
+		return refuse("undone_already", "the run was taken back for this tenant at %s", p.undoneAt.UTC().Format(time.RFC3339))
+	case p.state != string(tenant.Active) && p.state != string(tenant.Suspended):
+		return refuse("wrong_state", "the tenant is %s", p.state).WithHint("oneo tenant undrop %s, then undo the run", t.Slug)
+	case p.expired:
+		return refuse("undo_expired", "the undo point has expired, or does not fit any more because the tenant was taken down since").
+			WithHint("`oneo migrate down` takes back what has a step down")
+	case p.version > p.to:
+		var later *string
+		const next = `select max(run::text) from public.undo_points where tenant = $1 and from_version >= $2 and undone_at is null and expires_at > pg_catalog.now()`
+		if err := q.QueryRow(ctx, next, t.Number, p.to).Scan(&later); err != nil {
+			return err
+		}
+		f := refuse("migrated_since", "the tenant has been migrated further since, from version %d to %d", p.to, p.version)
+		if later != nil {
+			return f.WithHint("first: oneo undo %s -t %s", *later, t.Slug)
+		}
+		return f.WithHint("take it down first: oneo migrate down --to %d -t %s", p.to, t.Slug)
+	case p.version < p.to:
+		return refuse("migrated_since", "the tenant is at version %d; the run had brought it to %d", p.version, p.to)
+	}
+	var begun int
+	const since = `select coalesce(min(version), 0) from public.progress where tenant = $1 and started_at > $2`
+	if err := q.QueryRow(ctx, since, t.Number, p.updatedAt).Scan(&begun); err != nil {
+		return err
+	}
+	if begun > 0 {
+		return refuse("unfinished_migration", "migration %d of this tenant has been begun since, and is not finished", begun).WithHint("finish it: oneo migrate -t %s", t.Slug)
+	}
+	return s.o.Migrate.SameFiles(ctx, q, t.Number, p.from)
+}
+
+// foreign refuses a tenant that has what neither the migrations of its old version nor the run have made.
+func (p point) foreign(has, old map[string]bool) error {
+	var others []string
+	for o := range has {
+		if !old[o] && !slices.Contains(p.made, o) {
+			others = append(others, o)
+		}
+	}
+	if len(others) == 0 {
+		return nil
+	}
+	slices.Sort(others)
+	others = slices.DeleteFunc(others, func(o string) bool { // said with its table
+		name, isColumn := strings.CutPrefix(o, "column ")
+		return isColumn && slices.ContainsFunc(others, func(t string) bool { return strings.HasPrefix("table "+name, t+".") })
+	})
+	if n := len(others); n > 5 {
+		others = append(others[:5], fmt.Sprintf("and %d more", n-5))
+	}
+	return fault.New(fault.Conflict, "the tenant has what no migration has made and what would be lost: %s", strings.Join(others, ", ")).
+		WithCode("foreign_objects").WithHint("move it elsewhere, or drop it; `oneo migrate drift` shows it too")
+}
+
+// reference is a version of the migrations in a database group.
+type reference struct {
+	group   string
+	version int
+}
+
+var errRead = errors.New("the reference has been read")
+
+// reference names the objects that the migrations make, up to a version.
+func (s *Snapshots) reference(ctx context.Context, group string, version int) (map[string]bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := reference{group, version}
+	if made, known := s.references[r]; known {
+		return made, nil
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return nil, err
+	}
+	var made map[string]bool
+	err = s.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		schema := tenant.UndoSchema(0, mark(id)) // no tenant has the number 0
+		q := postgres.Quote(schema.String())
+		if err := s.o.Migrate.Create(ctx, tx, schema, version, "create schema "+q+";\nset local search_path to "+q+", ext, pg_temp;\n", ""); err != nil {
+			return err
+		}
+		namespace, err := namespaceOf(ctx, tx, schema.String())
+		if err != nil {
+			return err
+		}
+		if made, err = objects(ctx, tx, namespace); err != nil {
+			return err
+		}
+		return errRead
+	})
+	if !errors.Is(err, errRead) {
+		return nil, fmt.Errorf("make the old version %d to look at: %w", version, err)
+	}
+	s.references[r] = made
+	return made, nil
+}
+
+func namespaceOf(ctx context.Context, q postgres.Querier, schema string) (namespace uint32, err error) {
+	return namespace, q.QueryRow(ctx, `select oid from pg_catalog.pg_namespace where nspname = $1`, schema).Scan(&namespace)
+}
+
+// Undo takes one tenant back to where it was before a run, in one transaction: the structure is built anew from the
+// migrations of the old version, the tables that were copied have those rows, and all others the rows that they have
+// now. What the tenant had until then is renamed away and kept until the point expires. It does nothing to a tenant that
+// was taken back already. While rows are copied from the tenant's own tables, its gate is closed: users get a 503.
+//
+// Faults: NotFound: there is no undo point. Conflict: it has expired, the tenant has gone on since or has what would be
+// lost, or the files of the old version are not those that were applied. Locked: the tenant is busy.
+func (s *Snapshots) Undo(ctx context.Context, t tenant.Tenant, run uuid.UUID) (res migrate.Result, err error) {
+	start := time.Now()
+	if err := failpoint.Hit("undo.before"); err != nil {
+		return res, err
+	}
+	err = s.o.DB.AsOwnerWithin(ctx, t.Group, postgres.OwnerOptions{}, func(tx *postgres.OwnerTx) error {
+		res = migrate.Result{}
+		if err := tx.LockOperation(ctx, t.Number, s.o.LockWait); err != nil {
+			return err
+		}
+		p, err := read(ctx, tx, run, t.Number, true)
+		if err != nil {
+			return unknown(err)
+		}
+		res.From, res.To = p.version, p.version
+		if p.undoneAt != nil {
+			return nil
+		}
+		if err := s.may(ctx, tx, t, p); err != nil {
+			return err
+		}
+		w := &undoing{s: s, tx: tx, t: t, run: run, p: p}
+		if err := w.do(ctx); err != nil {
+			return err
+		}
+		res.To = p.from
+		return nil
+	})
+	res.Duration = time.Since(start)
+	if err != nil {
+		if code := postgres.SQLState(err); code == "40P01" {
+			err = fault.Wrap(err, fault.Locked, "other transactions were in the way of the locks that this needs").WithCode("lock_timeout").WithRetry(time.Second)
+		}
+		return res, named(err, t)
+	}
+	return res, failpoint.Hit("undo.after")
+}
+
+// undoing is the work on one tenant, in one transaction.
+type undoing struct {
+	s   *Snapshots
+	tx  *postgres.OwnerTx
+	t   tenant.Tenant
+	run uuid.UUID
+	p   point
+
+	undone string // what the tenant had
+	made   uint32 // the new schema
+	tables []table
+}
+
+func (w *undoing) do(ctx context.Context) error {
+	has, err := objects(ctx, w.tx, w.p.namespace)
+	if err != nil {
+		return err
+	}
+	if err := w.build(ctx); err != nil {
+		return err
+	}
+	old, err := objects(ctx, w.tx, w.made)
+	if err != nil {
+		return err
+	}
+	if err := w.p.foreign(has, old); err != nil {
+		return err
+	}
+	if err := failpoint.Hit("undo.built"); err != nil {
+		return err
+	}
+	rebuild, err := w.bare(ctx)
+	if err != nil {
+		return err
+	}
+	var kept, live []table
+	for _, t := range w.tables {
+		if !t.isRoot() {
+			continue
+		}
+		if _, is := w.p.tables[t.name]; is {
+			kept = append(kept, t)
+		} else {
+			live = append(live, t)
+		}
+	}
+	if len(kept) != len(w.p.tables) {
+		return w.unfit("tables of the undo point are not among those of version %d", w.p.from)
+	}
+	if err := w.fill(ctx, kept, w.p.schema); err != nil {
+		return err
+	}
+	if err := failpoint.Hit("undo.kept"); err != nil {
+		return err
+	}
+	// From here on nobody is at work in the tenant, until the transaction has ended.
+	if err := w.tx.LockGate(ctx, w.t.Number); err != nil {
+		return err
+	}
+	if err := w.fill(ctx, live, w.undone); err != nil {
+		return err
+	}
+	if err := w.sequences(ctx); err != nil {
+		return err
+	}
+	if err := w.tx.Script(ctx, rebuild); err != nil {
+		return w.refill(err)
+	}
+	if err := failpoint.Hit("undo.filled"); err != nil {
+		return err
+	}
+	if err := w.place(ctx); err != nil {
+		return err
+	}
+	return failpoint.Hit("undo.placed")
+}
+
+func (w *undoing) unfit(format string, args ...any) *fault.Fault {
+	return fault.New(fault.Conflict, "the tenant cannot be taken back: "+format, args...).WithCode("undo_unfit").
+		WithHint("nothing was changed; `oneo migrate drift -t %s` compares the tenant with its migrations", w.t.Slug)
+}
+
+// refill says that rows do not fit the old structure. What may pass keeps its own kind.
+func (w *undoing) refill(err error) error {
+	if postgres.SQLState(err) == "42501" {
+		return fault.Wrap(err, fault.Conflict, "the tenant cannot be taken back: a row policy hides rows from the owner too").WithCode("undo_unfit").
+			WithHint("nothing was changed; without `force row level security` the owner sees all rows")
+	}
+	if code := postgres.SQLState(err); strings.HasPrefix(code, "23") || strings.HasPrefix(code, "22") || code == "42804" {
+		return fault.Wrap(err, fault.Conflict, "the tenant cannot be taken back: rows of today do not fit its old structure (SQLSTATE %s)", code).
+			WithCode("undo_unfit").WithHint("nothing was changed; the log names the rule")
+	}
+	return err
+}
+
+// build renames the tenant's schema away and makes the old version under its name: a name that a function or a setting
+// holds as text is then the right one. Nobody sees either before the commit.
+func (w *undoing) build(ctx context.Context) error {
+	before, err := migrate.Transaction(ctx, w.tx)
+	if err != nil {
+		return err
+	}
+	w.undone = tenant.UndoneSchema(w.t.Number, mark(w.run)).String()
+	var there bool
+	const stands = `select exists (select from pg_catalog.pg_namespace where oid = $1::oid and nspname = $2)`
+	if err := w.tx.QueryRow(ctx, stands, w.p.namespace, w.p.at).Scan(&there); err != nil {
+		return err
+	}
+	if !there {
+		return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
+	}
+	schema, err := tenant.ParseSchema(w.p.at)
+	if err != nil {
+		return err
+	}
+	lead := "alter schema " + postgres.Quote(w.p.at) + " rename to " + postgres.Quote(w.undone) + ";\n" +
+		structure.Empty(structure.Schema{Name: w.p.at, Role: w.p.role})
+	if err := w.s.o.Migrate.Create(ctx, w.tx, schema, w.p.from, lead, ""); err != nil {
+		return err
+	}
+	after, err := migrate.Transaction(ctx, w.tx)
+	if err != nil {
+		return err
+	}
+	if err := migrate.SameTransaction(before, after); err != nil {
+		return err
+	}
+	if w.made, err = namespaceOf(ctx, w.tx, w.p.at); err != nil {
+		return err
+	}
+	if w.tables, err = readTables(ctx, w.tx, w.made); err != nil {
+		return err
+	}
+	// The tables are written by their qualified names from here on; definitions are read and run under this path.
+	return w.tx.Bind(ctx, schema)
+}
+
+// bare takes off what stands in the way of filling the tables: foreign keys, triggers and rules, and the rows that the
+// migrations themselves have put there. It returns the SQL that puts the first three back.
+func (w *undoing) bare(ctx context.Context) (rebuild string, err error) {
+	oids, names := make([]uint32, len(w.tables)), []string{}
+	for i, t := range w.tables {
+		oids[i] = t.oid
+		if t.isRoot() {
+			names = append(names, w.in(w.p.at, t))
+		}
+	}
+	if len(names) == 0 {
+		return "select", nil
+	}
+	const off = `with t as materialized (select c.oid, pg_catalog.format('%I.%I', $2::text, c.relname) as name from pg_catalog.pg_class c where c.oid = any($1::oid[]))
+select 1, pg_catalog.format('alter table only %s disable trigger %I', t.name, g.tgname),
+	pg_catalog.format('alter table only %s enable %s trigger %I', t.name, case g.tgenabled when 'R' then 'replica' when 'A' then 'always' else '' end, g.tgname), g.oid
+from t join pg_catalog.pg_trigger g on g.tgrelid = t.oid where not g.tgisinternal and g.tgenabled <> 'D'
+union all
+select 1, pg_catalog.format('alter table %s disable rule %I', t.name, r.rulename),
+	pg_catalog.format('alter table %s enable %s rule %I', t.name, case r.ev_enabled when 'R' then 'replica' when 'A' then 'always' else '' end, r.rulename), r.oid
+from t join pg_catalog.pg_rewrite r on r.ev_class = t.oid where r.ev_enabled <> 'D'
+union all
+select 0, pg_catalog.format('alter table %s drop constraint %I', t.name, k.conname),
+	pg_catalog.format('alter table %s add constraint %I %s', t.name, k.conname, pg_catalog.pg_get_constraintdef(k.oid)), k.oid
+from t join pg_catalog.pg_constraint k on k.conrelid = t.oid where k.contype = 'f' and k.conparentid = 0
+order by 1, 4`
+	rows, err := w.tx.Query(ctx, off, oids, w.p.at)
+	if err != nil {
+		return "", err
+	}
+	var take, put []string
+	var kind int
+	var down, up string
+	var oid uint32
+	if _, err := pgx.ForEachRow(rows, []any{&kind, &down, &up, &oid}, func() error {
+		take, put = append(take, down), append(put, up)
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	// A view that holds rows is filled from the tables, in the order in which the views were made.
+	const views = `select pg_catalog.format('refresh materialized view %I.%I', $2::text, c.relname) from pg_catalog.pg_class c
+where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and c.relkind = 'm' and c.relispopulated order by c.oid`
+	if rows, err = w.tx.Query(ctx, views, w.made, w.p.at); err != nil {
+		return "", err
+	}
+	refresh, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return "", err
+	}
+	take = append(take, "truncate table "+strings.Join(names, ", ")+" restart identity", "set local row_security to off")
+	if err := w.tx.Script(ctx, strings.Join(take, ";\n")); err != nil {
+		return "", err
+	}
+	put = append(append(put, refresh...), "set local row_security to default")
+	return strings.Join(put, ";\n"), nil
+}
+
+func (w *undoing) in(schema string, t table) string {
+	return postgres.Quote(schema) + "." + postgres.Quote(t.name)
+}
+
+// fill gives tables the rows of those of the same names in another schema, and counts them.
+func (w *undoing) fill(ctx context.Context, tables []table, source string) error {
+	if len(tables) == 0 {
+		return nil
+	}
+	namespace, err := namespaceOf(ctx, w.tx, source)
+	if err != nil {
+		return err
+	}
+	there, err := readTables(ctx, w.tx, namespace)
+	if err != nil {
+		return err
+	}
+	sources := map[string]table{}
+	for _, t := range there {
+		if t.isRoot() {
+			sources[t.name] = t
+		}
+	}
+	if source == w.undone {
+		// The gate keeps requests out; this waits for who writes past it, and keeps them out as well.
+		names := make([]string, len(there))
+		for i, t := range there {
+			names[i] = t.from(source)
+		}
+		if len(names) > 0 {
+			if err := w.tx.Script(ctx, "lock table "+strings.Join(names, ", ")+" in share row exclusive mode"); err != nil {
+				return err
+			}
+		}
+	}
+	for _, t := range tables {
+		src, is := sources[t.name]
+		if !is {
+			return w.unfit("it lacks the table %s", t.name)
+		}
+		for _, c := range t.columns {
+			if !slices.Contains(src.columns, c) {
+				return w.unfit("its table %s lacks the column %s", t.name, c)
+			}
+		}
+		for _, c := range src.columns { // of the tenant's own tables that has been asked
+			if source == w.p.schema && !slices.Contains(t.columns, c) && !slices.Contains(t.generated, c) && !slices.Contains(w.p.made, "column "+t.name+"."+c) {
+				return w.unfit("its table %s had the column %s, which no migration has made", t.name, c)
+			}
+		}
+		columns := make([]string, len(t.columns))
+		for i, c := range t.columns {
+			columns[i] = postgres.Quote(c)
+		}
+		list, into := strings.Join(columns, ", "), ""
+		if list != "" {
+			into = " (" + list + ") overriding system value"
+		}
+		tag, err := w.tx.Exec(ctx, "insert into "+w.in(w.p.at, t)+into+" select "+list+" from "+src.from(source))
+		if err != nil {
+			return w.refill(err)
+		}
+		var rows int64
+		if err := w.tx.QueryRow(ctx, "select pg_catalog.count(*) from "+t.from(w.p.at)).Scan(&rows); err != nil {
+			return err
+		}
+		want := tag.RowsAffected()
+		if source == w.p.schema {
+			want = w.p.tables[t.name]
+		}
+		if rows != want {
+			return w.unfit("the table %s would have %d rows instead of %d", t.name, rows, want)
+		}
+	}
+	return nil
+}
+
+// sequences sets each sequence behind every value that it has ever given and that a column holds: a number is never given
+// twice, also where the rows that had it are gone.
+func (w *undoing) sequences(ctx context.Context) error {
+	const list = `select c.relname::text, s.seqincrement, s.seqmin, s.seqmax, coalesce(t.relname::text, ''), coalesce(a.attname::text, ''),
+	(select pg_catalog.pg_sequence_last_value(l.oid) from pg_catalog.pg_class l where l.relname = c.relname and l.relnamespace = $2::oid and l.relkind = 'S')
+from pg_catalog.pg_class c join pg_catalog.pg_sequence s on s.seqrelid = c.oid
+left join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.objid = c.oid and d.objsubid = 0
+	and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype in ('a', 'i')
+left join pg_catalog.pg_class t on t.oid = d.refobjid
+left join pg_catalog.pg_attribute a on a.attrelid = d.refobjid and a.attnum = d.refobjsubid
+	and a.atttypid in ('int2'::pg_catalog.regtype, 'int4'::pg_catalog.regtype, 'int8'::pg_catalog.regtype)
+where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and c.relkind = 'S'`
+	type sequence struct {
+		name                string
+		increment, min, max int64
+		table, column       string
+		live                *int64
+	}
+	rows, err := w.tx.Query(ctx, list, w.made, w.p.namespace)
+	if err != nil {
+		return err
+	}
+	all, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s sequence, err error) {
+		return s, row.Scan(&s.name, &s.increment, &s.min, &s.max, &s.table, &s.column, &s.live)
+	})
+	if err != nil {
+		return err
+	}
+	for _, s := range all {
+		furthest := "pg_catalog.max"
+		if s.increment < 0 {
+			furthest = "pg_catalog.min"
+		}
+		var values []*int64
+		if kept, is := w.p.sequences[s.name]; is {
+			values = append(values, &kept)
+		}
+		values = append(values, s.live)
+		if s.column != "" {
+			var column *int64
+			query := "select " + furthest + "(" + postgres.Quote(s.column) + ")::int8 from " + postgres.Quote(w.p.at) + "." + postgres.Quote(s.table)
+			if err := w.tx.QueryRow(ctx, query).Scan(&column); err != nil {
+				return err
+			}
+			values = append(values, column)
+		}
+		var to *int64
+		for _, v := range values {
+			if v == nil || *v < s.min || *v > s.max {
+				continue
+			}
+			if to == nil || s.increment > 0 && *v > *to || s.increment < 0 && *v < *to {
+				to = v
+			}
+		}
+		if to == nil {
+			continue
+		}
+		name := postgres.Quote(w.p.at) + "." + postgres.Quote(s.name)
+		if _, err := w.tx.Exec(ctx, `select pg_catalog.setval($1::text::pg_catalog.regclass, $2)`, name, *to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// place puts the new schema in the place of the other: placement, ledger and undo point say so.
+func (w *undoing) place(ctx context.Context) error {
+	for _, step := range []struct {
+		sql  string
+		args []any
+	}{
+		{`update public.placements set namespace = $2::oid, version = $3, reader = $4, epoch = epoch + 1, updated_at = pg_catalog.clock_timestamp() where number = $1`,
+			[]any{w.t.Number, w.made, w.p.from, w.s.o.Migrate.Reader(w.p.from)}},
+		{`delete from public.ledger where set = 'tenant' and tenant = $1 and version > $2`, []any{w.t.Number, w.p.from}},
+		{`delete from public.progress where tenant = $1 and version > $2`, []any{w.t.Number, w.p.from}},
+		{`update public.undo_points set undone_at = pg_catalog.now(), undone = $3, expires_at = greatest(expires_at, pg_catalog.now() + $4::pg_catalog.interval)
+where run = $1 and tenant = $2`, []any{w.run, w.t.Number, w.undone, w.s.o.Keep}},
+		{`select pg_catalog.pg_notify('oneo_versions', $1)`, []any{fmt.Sprintf("%d %d", w.t.Number, w.p.from)}},
+	} {
+		if _, err := w.tx.Exec(ctx, step.sql, step.args...); err != nil {
+			return err
+		}
+	}
+	// What lies aside is the owner's alone, and must not keep the role from being dropped with its tenant.
+	const granted = `select pg_catalog.format('revoke all on %s %I.%I from %I', case c.relkind when 'S' then 'sequence' else 'table' end, $2::text, c.relname, $3::text)
+from pg_catalog.pg_class c where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and c.relkind in ('r', 'p', 'v', 'm', 'S', 'f')
+union all
+select pg_catalog.format('revoke all on routine %I.%I(%s) from %I', $2::text, f.proname, pg_catalog.pg_get_function_identity_arguments(f.oid), $3::text)
+from pg_catalog.pg_proc f where f.oid in (` + inSchema + `'pg_catalog.pg_proc'::pg_catalog.regclass) and f.proacl is not null`
+	rows, err := w.tx.Query(ctx, granted, w.p.namespace, w.undone, w.p.role)
+	if err != nil {
+		return err
+	}
+	revoke, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	undone, role := postgres.Quote(w.undone), postgres.Quote(w.p.role)
+	revoke = append(revoke, "revoke all on schema "+undone+" from "+role,
+		"alter default privileges in schema "+undone+" revoke all on tables from "+role,
+		"alter default privileges in schema "+undone+" revoke all on sequences from "+role,
+		"drop schema "+postgres.Quote(w.p.schema)+" cascade")
+	return w.tx.Script(ctx, strings.Join(revoke, ";\n"))
+}
