@@ -29,11 +29,12 @@ const (
 )
 
 type migrateOptions struct {
-	shared   bool
-	dryRun   bool
-	rehearse bool
-	force    bool
-	selector selector
+	shared    bool
+	dryRun    bool
+	rehearse  bool
+	undoPoint bool
+	force     bool
+	selector  selector
 	fleetOptions
 }
 
@@ -48,10 +49,14 @@ The run is stored: when it is interrupted or killed, the same command or ` + "`o
 any machine, goes on with it, and several processes may work on it at once. Each tenant's
 migrations are one transaction together with their ledger rows: a tenant that fails is at its old
 version, the others go on, and the exit code is 3. A tenant that is busy is tried again later. When
-nothing is pending, that is one query.`,
+nothing is pending, that is one query.
+
+With --undo-point each tenant's rows are kept of the tables that its migrations change, so that
+` + "`oneo undo`" + ` can take the run back.`,
 		Example: `  oneo migrate --shared
   oneo migrate --all-tenants --canary 5 --wave 10% --pause 30s
   oneo migrate --all-tenants --dry-run
+  oneo migrate --all-tenants --undo-point
   oneo migrate -t acme -t 'beta-*' --rehearse`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runMigrate(cmd.Context(), e, o) },
@@ -62,6 +67,7 @@ nothing is pending, that is one query.`,
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
 	cmd.Flags().BoolVar(&o.force, "force", false, "run also what oneo migrate lint finds fault with")
+	cmd.Flags().BoolVar(&o.undoPoint, "undo-point", false, "keep what is changed of each tenant, for `oneo undo`")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
 	cmd.AddCommand(newMigrateLintCmd(e), newMigrateNewCmd(e))
 	cmd.AddCommand(newMigrateDriftCmd(e))
@@ -70,14 +76,15 @@ nothing is pending, that is one query.`,
 
 // migrateRequest is what a process that resumes a run of migrations must know. Two runs are the same when it is.
 type migrateRequest struct {
-	Target   int           `json:"target"`
-	Rehearse bool          `json:"rehearse,omitempty"`
-	Timeout  time.Duration `json:"timeout_ns,omitempty"`
-	All      bool          `json:"all_tenants,omitempty"`
-	Tenants  []string      `json:"tenants,omitempty"`
-	Exclude  []string      `json:"exclude,omitempty"`
-	States   []string      `json:"states,omitempty"`
-	Group    string        `json:"group,omitempty"`
+	Target    int           `json:"target"`
+	Rehearse  bool          `json:"rehearse,omitempty"`
+	UndoPoint bool          `json:"undo_point,omitempty"`
+	Timeout   time.Duration `json:"timeout_ns,omitempty"`
+	All       bool          `json:"all_tenants,omitempty"`
+	Tenants   []string      `json:"tenants,omitempty"`
+	Exclude   []string      `json:"exclude,omitempty"`
+	States    []string      `json:"states,omitempty"`
+	Group     string        `json:"group,omitempty"`
 }
 
 // migrateWork brings a tenant to the version that the run was planned for.
@@ -90,11 +97,21 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 		return runWork{}, fault.New(fault.Conflict, "the run is to reach version %d; this oneo knows %d", r.Target, head).
 			WithCode("older_binary").WithHint("use the oneo, or the folder of migrations, that began it")
 	}
-	o := migrate.TenantOptions{Target: r.Target, Rehearse: r.Rehearse}
-	return runWork{timeout: r.Timeout, do: func(ctx context.Context, task rollout.Task) rollout.Outcome {
+	w := runWork{timeout: r.Timeout}
+	if r.UndoPoint {
+		w.parting = func(run rollout.Run) string { return fmt.Sprintf("to take it back: oneo undo %s", run.ID) }
+	}
+	w.do = func(ctx context.Context, task rollout.Task) rollout.Outcome {
 		t, err := taskTenant(task)
 		if err != nil {
 			return rollout.Outcome{Err: err}
+		}
+		o := migrate.TenantOptions{Target: r.Target, Rehearse: r.Rehearse}
+		if r.UndoPoint {
+			if err := a.Snapshots.Keepable(task.From, r.Target); err != nil { // the files may have come since the run was planned
+				return rollout.Outcome{Err: err}
+			}
+			o.Keeper = a.Snapshots.Keeper(task.Run, t)
 		}
 		res, err := a.Migrate.Tenant(ctx, t, o)
 		out := rollout.Outcome{Status: fleet.OK, From: res.From, To: res.To, Err: err}
@@ -107,7 +124,8 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 			out.Status = fleet.Skipped
 		}
 		return out
-	}}, nil
+	}
+	return w, nil
 }
 
 // errorObject is an error inside a report.
@@ -146,6 +164,9 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 	}
 	if o.shared && o.rehearse {
 		return errUsage{fault.New(fault.Invalid, "--rehearse is for tenants; the shared schema cannot be rehearsed")}
+	}
+	if o.undoPoint && (o.shared || o.rehearse) {
+		return errUsage{fault.New(fault.Invalid, "--undo-point is for tenants that are migrated: the shared schema cannot be taken back, and a rehearsal leaves nothing to take back")}
 	}
 	if !o.shared {
 		if _, err := o.selector.filter(); err != nil {
@@ -235,6 +256,13 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 	for _, t := range ts {
 		spec.Items = append(spec.Items, rollout.Item{Tenant: t, From: late[t.Number], To: head})
 	}
+	if o.undoPoint {
+		for _, from := range versionsFrom(spec.Items) {
+			if err := a.Snapshots.Keepable(from, head); err != nil {
+				return err
+			}
+		}
+	}
 	if err := a.Rollout.LargestFirst(ctx, spec.Items); err != nil {
 		return err
 	}
@@ -244,9 +272,12 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 	if o.dryRun {
 		return showPlan(e, a, spec)
 	}
+	if _, err := a.Snapshots.Expire(ctx); err != nil { // `oneo serve` does it too
+		e.say("undo points that have expired: %s", fault.Of(err).Message)
+	}
 	s := o.selector
 	spec.Request = migrateRequest{
-		Target: head, Rehearse: o.rehearse, Timeout: o.timeout,
+		Target: head, Rehearse: o.rehearse, UndoPoint: o.undoPoint, Timeout: o.timeout,
 		All: s.all, Tenants: s.names, Exclude: s.exclude, States: s.states, Group: s.group,
 	}
 	return planAndWork(ctx, e, a, spec, o.workOptions, rows)
@@ -271,6 +302,17 @@ func lintedBefore(ctx context.Context, e *env, a *app.App, pass bool) error {
 	}
 	return fault.New(fault.Unfit, "%d thing(s) in the migrations would do harm; nothing was done", errs).WithCode("lint_errors").
 		WithHint("`oneo migrate lint` says how to write them instead; --force runs them all the same")
+}
+
+// versionsFrom are the versions from which tenants of a run begin.
+func versionsFrom(items []rollout.Item) []int {
+	var all []int
+	for _, it := range items {
+		if !slices.Contains(all, it.From) {
+			all = append(all, it.From)
+		}
+	}
+	return all
 }
 
 // planned is one tenant's line of a plan.

@@ -32,6 +32,8 @@ type runWork struct {
 	noOwner   bool          // takes no connection of the owner's: as many tenants at one time as were asked for
 	live      bool          // what the tenants say is the progress, unless another one is asked for
 	brokenOff bool          // an interruption breaks off what is in hand
+	// parting is said at the end of a run that has changed a tenant; may be nil.
+	parting func(run rollout.Run) string
 }
 
 // runKinds makes the work of each kind of run from what was asked for, so that any process can resume it.
@@ -166,6 +168,9 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 		return err
 	}
 	p.say("%s in %s", tally(end), short(time.Since(start)))
+	if w.parting != nil && end.OK > 0 {
+		p.say("%s", w.parting(end))
+	}
 	switch {
 	case interrupted && !end.Over():
 		inHand := "the tenants in hand are finished"
