@@ -157,6 +157,7 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 		tx.over = true
 		if !returned {
 			tx.rollback(ctx)
+			tx.disown()
 		}
 		tx.release()
 		if tx.free != nil {

@@ -98,6 +98,16 @@ const (
 from public.placements p where p.number = $1`
 )
 
+// disown closes a connection on which names were made that nobody has proved.
+func (tx *Tx) disown() {
+	if tx.sub == nil || tx.conn == nil {
+		return
+	}
+	if st := stateOf(tx.conn); st != nil && len(st.unproved) > 0 {
+		st.stale = true
+	}
+}
+
 // look reads how the tenant stands now, on the connection of a transaction that is over, and whether its placement has
 // been changed since it was bound: it has another version, or was written meanwhile, as by steps forth and back.
 func (tx *Tx) look(ctx context.Context) (p Placement, changed bool, err error) {

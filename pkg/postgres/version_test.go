@@ -24,6 +24,9 @@ func serves(least, head int) func(*postgres.Options) {
 	return func(o *postgres.Options) { o.Serves = postgres.Range{Min: least, Head: head} }
 }
 
+// patient keeps a busy machine from ending a wait for a migration that is at work: that is another refusal.
+func patient(o *postgres.Options) { o.LockTimeout = 12 * time.Second }
+
 // stand moves a tenant to a version and the least reader that it is open to.
 func stand(t *testing.T, env *pgtest.Env, tn tenant.Tenant, version, reader int) {
 	t.Helper()
@@ -153,7 +156,7 @@ func TestMixedVersionsOnOneConnection(t *testing.T) {
 		for _, hot := range []int{0, 50} {
 			t.Run(fmt.Sprintf("%s, %d hot", st, hot), func(t *testing.T) {
 				t.Parallel()
-				env := pgtest.New(t, oneConn, func(o *postgres.Options) { o.Statements, o.HotStatements = st, hot })
+				env := pgtest.New(t, oneConn, patient, func(o *postgres.Options) { o.Statements, o.HotStatements = st, hot })
 				a, _, c := env.Tenant(t, "acme"), env.Tenant(t, "globex"), env.Tenant(t, "initech") // a and c share a connection
 				deals(t, env, a, 7)
 				deals(t, env, c, 8)
@@ -229,7 +232,7 @@ func TestMixedVersionsOnOneConnection(t *testing.T) {
 // back: it gets its rows, or is refused for the version. Never an error of its own, never the other version's rows.
 func TestOnlyTheVersionsInRangeAreSeen(t *testing.T) {
 	t.Parallel()
-	env := pgtest.New(t, oneConn)
+	env := pgtest.New(t, oneConn, patient)
 	a := env.Tenant(t, "acme")
 	deals(t, env, a, 7)
 	newer, _, _ := env.Open(t, serves(3, 3))
@@ -357,6 +360,18 @@ func TestNamesGoByVersion(t *testing.T) {
 	}
 	require.Equal(t, 2, value[int](t, env.DB, a, postgres.Read, `select count(distinct statement)::int from pg_prepared_statements where statement like 'select 42%'`),
 		"one text for each version, also for a pooler that goes by texts")
+
+	// A name that nobody could prove, because its transaction ended in a panic, goes with its connection.
+	pid := value[int](t, env.DB, a, postgres.Single, `select pg_backend_pid()`)
+	require.Equal(t, pid, value[int](t, env.DB, a, postgres.Single, `select pg_backend_pid()`))
+	require.Panics(t, func() {
+		_ = env.DB.InTenant(t.Context(), a, postgres.Read, func(tx *postgres.Tx) error {
+			_, err := tx.Exec(t.Context(), `select 43`)
+			require.NoError(t, err)
+			panic("a bug")
+		})
+	})
+	require.NotEqual(t, pid, value[int](t, env.DB, a, postgres.Single, `select pg_backend_pid()`))
 }
 
 func TestListen(t *testing.T) {
