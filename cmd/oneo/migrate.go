@@ -34,6 +34,7 @@ type migrateOptions struct {
 	rehearse  bool
 	undoPoint bool
 	force     bool
+	to        int
 	selector  selector
 	fleetOptions
 }
@@ -66,6 +67,7 @@ With --undo-point each tenant's rows are kept of the tables that its migrations 
 	cmd.Flags().BoolVar(&o.shared, "shared", false, "the shared schema only")
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
+	cmd.Flags().IntVar(&o.to, "to", 0, "up to this `VERSION` only; 0: the newest")
 	cmd.Flags().BoolVar(&o.force, "force", false, "run also what oneo migrate lint finds fault with")
 	cmd.Flags().BoolVar(&o.undoPoint, "undo-point", false, "keep what is changed of each tenant, for `oneo undo`")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
@@ -162,6 +164,9 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 	if o.shared && (o.selector.all || len(o.selector.names) > 0) {
 		return errUsage{fault.New(fault.Invalid, "--shared goes with no tenants").WithHint("--all-tenants migrates the shared schema first")}
 	}
+	if o.to < 0 || o.to > 0 && o.shared {
+		return errUsage{fault.New(fault.Invalid, "--to is a version of the tenants' migrations, above 0")}
+	}
 	if o.shared && o.rehearse {
 		return errUsage{fault.New(fault.Invalid, "--rehearse is for tenants; the shared schema cannot be rehearsed")}
 	}
@@ -180,6 +185,9 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 	a, err := e.open()
 	if err != nil {
 		return err
+	}
+	if head := a.Migrate.Head(migrate.TenantSet); o.to > head {
+		return errUsage{fault.New(fault.Invalid, "there is no version %d: the tenant migrations go from 1 to %d", o.to, head).WithCode("target_out_of_range")}
 	}
 	var rows []reported
 	switch pending := a.Migrate.SharedBehind(ctx); {
@@ -239,12 +247,20 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 		rows = append(rows, reported{tenant: t.Slug.String(), status: string(fleet.Skipped), err: errorObject(why)})
 	}
 	head := a.Migrate.Head(migrate.TenantSet)
+	if o.to > 0 {
+		head = o.to
+		ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return late[t.Number] >= head })
+	}
 	if len(ts) == 0 {
 		which := "every"
 		if len(passed) > 0 {
 			which = "every other"
 		}
-		e.say("nothing to do: %s selected tenant is at version %d", which, head)
+		further := ""
+		if o.to > 0 {
+			further = " or further"
+		}
+		e.say("nothing to do: %s selected tenant is at version %d%s", which, head, further)
 		switch {
 		case o.dryRun:
 			return show(e, []planned{}, plannedColumns)
@@ -253,8 +269,15 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 		}
 		return show(e, rows, reportColumns)
 	}
+	least := head
 	for _, t := range ts {
 		spec.Items = append(spec.Items, rollout.Item{Tenant: t, From: late[t.Number], To: head})
+		least = min(least, late[t.Number])
+	}
+	if o.rehearse {
+		if err := rehearsable(a.Migrate.Files(migrate.TenantSet)[least:head]); err != nil {
+			return err
+		}
 	}
 	if o.undoPoint {
 		for _, from := range versionsFrom(spec.Items) {
@@ -281,6 +304,17 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 		All: s.all, Tenants: s.names, Exclude: s.exclude, States: s.states, Group: s.group,
 	}
 	return planAndWork(ctx, e, a, spec, o.workOptions, rows)
+}
+
+// rehearsable refuses steps that cannot be rolled back with the rest.
+func rehearsable(files []migrate.File) error {
+	for _, f := range files {
+		if f.Kind == migrate.NoTransaction || f.Kind == migrate.Data {
+			return fault.New(fault.Invalid, "migration %s cannot be rehearsed: it is not one transaction", f).WithCode("not_transactional").
+				WithHint("rehearse the versions before it: --to %d", f.Version-1)
+		}
+	}
+	return nil
 }
 
 // lintedBefore tells what the linter finds in migrations that no tenant has yet. An error of it ends the run before it

@@ -253,10 +253,14 @@ func (s *setup) roles(ctx context.Context, tx pgx.Tx, inst Installation, exec fu
 			}
 		}
 	}
-	if !s.super { // to hand objects over to the owner
-		return exec("grant " + Quote(s.o.OwnerRole) + " to current_user")
+	if s.super {
+		return nil
 	}
-	return nil
+	var self string
+	if err := tx.QueryRow(ctx, `select current_user::text`).Scan(&self); err != nil || self == s.o.OwnerRole {
+		return err
+	}
+	return exec("grant " + Quote(s.o.OwnerRole) + " to current_user") // to hand objects over to the owner
 }
 
 func (s *setup) rights(inst Installation) []string {

@@ -40,6 +40,21 @@ func TestSetupAgainChangesNothing(t *testing.T) {
 	env.Invariants(t)
 }
 
+// `oneo dev` on a database that is there sets it up with the owner's own URL.
+func TestSetupByTheOwnerItself(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	before, err := env.DB.Installation(t.Context(), "main")
+	require.NoError(t, err)
+	o := setupOptions(env)
+	o.AdminURL, o.KeepRoles = env.Group.OwnerURL, false
+	inst, err := postgres.Setup(t.Context(), o)
+	require.NoError(t, err)
+	require.Equal(t, before, inst)
+	env.Tenant(t, "acme")
+	env.Invariants(t)
+}
+
 func TestSetupRefuses(t *testing.T) {
 	t.Parallel()
 	env := pgtest.New(t)
