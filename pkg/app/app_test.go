@@ -21,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -321,4 +322,28 @@ func ask(t *testing.T, addr, method, host, path, token, body string) (int, strin
 	b, err := io.ReadAll(res.Body)
 	require.NoError(t, err)
 	return res.StatusCode, string(b)
+}
+
+// The setting reaches the worker that fills the pool, and the creations that take from it.
+func TestServeKeepsThePool(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	pooled := func(c *config.Config) { c.Provisioning.PoolSize = 2 }
+	a, command := open(t, env, "", pooled), open(t, env, "", pooled)
+	serve(t, a)
+	full := func() bool {
+		counts, err := a.Provision.Spares(t.Context())
+		require.NoError(t, err)
+		return counts[0].Ready == 2
+	}
+	require.Eventually(t, full, 20*time.Second, 20*time.Millisecond, "the pool is not filled")
+	made, err := command.Provision.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "acme"), Actor: "test"})
+	require.NoError(t, err)
+	require.EqualValues(t, 1, made.Number, "the tenant has taken the first spare")
+	require.Eventually(t, full, 20*time.Second, 20*time.Millisecond, "the pool is not filled again, though another process has taken the spare")
+	h, err := tenant.ParseHost("acme.localhost")
+	require.NoError(t, err)
+	got, err := a.Resolver.Resolve(t.Context(), h)
+	require.NoError(t, err)
+	require.Equal(t, made.Number, got.Number)
 }
