@@ -8,6 +8,7 @@ package lint
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -134,14 +135,18 @@ func statements(src source) (all []read, bad []unread) {
 		}
 		return err
 	}
-	if take(src) == nil {
+	err := take(src)
+	if err == nil {
 		return all, nil
 	}
-	pieces := src.pieces()
-	for _, piece := range pieces {
-		if err := take(piece); err != nil {
+	for _, piece := range src.pieces() {
+		// A text of one statement has been read already.
+		if piece.text != src.text {
+			err = take(piece)
+		}
+		if err != nil {
 			at := 0
-			if u, ok := err.(*errUnread); ok {
+			if u := (*errUnread)(nil); errors.As(err, &u) {
 				at = u.offset
 			}
 			bad = append(bad, unread{line: piece.lineOf(at), statement: piece.lineOf(piece.firstToken(0)), message: err.Error()})

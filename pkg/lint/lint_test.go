@@ -654,6 +654,6 @@ func FuzzCheck(f *testing.F) {
 			}
 		}
 		// What is read for what it makes only must not panic either.
-		lint.Check(lint.Shared, []lint.File{file}, earlier)
+		lint.Check(lint.Shared, []lint.File{file}, []lint.File{{Name: "y", Kind: lint.Transactional, SQL: "select 1"}})
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"time"
 	"unicode/utf8"
 
 	"github.com/wasilibs/go-pgquery/parser"
@@ -26,29 +27,63 @@ type errUnread struct {
 func (e *errUnread) Error() string { return e.message }
 
 // sandbox lets one call at a time into the parser: each that finds it busy would load another one, for a second and more.
-var sandbox sync.Mutex
+var sandbox struct {
+	sync.Mutex
+	loaded bool
+}
 
-// guarded runs one call of the parser, which is C in a sandbox: what breaks out of it as a panic is an error here.
-func guarded[T any](sql string, call func(string) (T, error)) (result T, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = &errUnread{message: "the parser gave up"}
-		}
-	}()
+// patience is how long the parser may take for a text. It reads a megabyte in less than a second; of an expression of
+// many hundred operators in a row it overruns its stack, and may then never end.
+func patience(sql string) time.Duration {
+	return 5*time.Second + time.Duration(len(sql)/100_000)*time.Second
+}
+
+// guarded runs one call of the parser, which is C in a sandbox: what breaks out of it as a panic, or never ends, is an
+// error here. After a panic the sandbox may be broken, and find nothing but errors for the rest of the process. A call
+// that never ends cannot be stopped either: it is left behind with its sandbox, and the next call loads a new one.
+func guarded[T any](sql string, call func(string) (T, error)) (T, error) {
+	type answer struct {
+		result T
+		err    error
+	}
+	var none T
 	if i := strings.IndexByte(sql, 0); i >= 0 {
-		return result, &errUnread{message: "it holds a NUL byte", offset: i}
+		return none, &errUnread{message: "it holds a NUL byte", offset: i}
 	}
 	if !utf8.ValidString(sql) {
-		return result, &errUnread{message: "it is not UTF-8"}
+		return none, &errUnread{message: "it is not UTF-8"}
 	}
 	sandbox.Lock()
 	defer sandbox.Unlock()
-	result, err = call(sql)
-	var pe *parser.Error
-	if errors.As(err, &pe) {
-		return result, &errUnread{message: pe.Message, offset: byteOf(sql, pe.Cursorpos)}
+	if !sandbox.loaded {
+		if _, err := parser.ScanToProtobuf("select 1"); err != nil {
+			return none, fmt.Errorf("load the parser: %w", err)
+		}
+		sandbox.loaded = true
 	}
-	return result, err
+	done := make(chan answer, 1)
+	go func() {
+		a := answer{err: &errUnread{message: "the parser gave up: it may be nested too deeply"}}
+		defer func() {
+			_ = recover() // the answer says it
+			done <- a
+		}()
+		result, err := call(sql)
+		a = answer{result, err}
+	}()
+	limit := time.NewTimer(patience(sql))
+	defer limit.Stop()
+	select {
+	case a := <-done:
+		var pe *parser.Error
+		if errors.As(a.err, &pe) {
+			return none, &errUnread{message: pe.Message, offset: byteOf(sql, pe.Cursorpos)}
+		}
+		return a.result, a.err
+	case <-limit.C:
+		sandbox.loaded = false
+		return none, &errUnread{message: "the parser did not end: it is nested too deeply"}
+	}
 }
 
 // byteOf turns a position in characters, from 1, into one in bytes.
