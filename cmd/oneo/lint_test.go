@@ -151,7 +151,8 @@ create view all_records as select * from (select id from records) as r;
 	found := pending()
 	require.Len(t, found, 1)
 	require.Equal(t, "type-rewrite", found[0].Rule)
-	c.run(0, "migrate -t acme")
+	require.Contains(t, c.run(exitUsage, "migrate -t acme"), "type-rewrite")
+	c.run(0, "migrate -t acme --force")
 	require.Empty(t, pending(), "applied somewhere, though beta is behind")
 }
 
