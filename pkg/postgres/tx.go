@@ -32,11 +32,11 @@ const (
 
 // Kinds of advisory locks: the first of their two keys, the second is the tenant's number.
 const (
-	lockGate = 7302657 // taken shared by every bound transaction, exclusively by what changes the placement
+	lockGate int32 = 7302657 // taken shared by every bound transaction, exclusively by what changes the placement
 	// OperationLock is the lock of which there is one structural operation on a tenant at a time. It is polled, never
 	// waited for inside PostgreSQL.
-	OperationLock = 7302658
-	lockPool      = 7302659 // what fills and empties the pool of spare schemas, one process at a time; the second key is 0
+	OperationLock int32 = 7302658
+	lockPool      int32 = 7302659 // what fills and empties the pool of spare schemas, one process at a time; the second key is 0
 )
 
 const (
