@@ -68,7 +68,7 @@ With --undo-point each tenant's rows are kept of the tables that its migrations 
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "show what would be done, and do nothing")
 	cmd.Flags().BoolVar(&o.rehearse, "rehearse", false, "run each tenant's migrations and roll them back")
 	cmd.Flags().IntVar(&o.to, "to", 0, "up to this `VERSION` only; 0: the newest")
-	cmd.Flags().BoolVar(&o.force, "force", false, "run also what oneo migrate lint finds fault with")
+	cmd.Flags().BoolVar(&o.force, "force", false, "do not ask the linter first: run also what it finds fault with")
 	cmd.Flags().BoolVar(&o.undoPoint, "undo-point", false, "keep what is changed of each tenant, for `oneo undo`")
 	cmd.AddCommand(newMigrateStatusCmd(e), newRunCmd(e), newDownCmd(e), newMarkCmd(e))
 	cmd.AddCommand(newMigrateLintCmd(e), newMigrateNewCmd(e))
@@ -289,8 +289,10 @@ func migrateTenants(ctx context.Context, e *env, a *app.App, o migrateOptions, s
 	if err := a.Rollout.LargestFirst(ctx, spec.Items); err != nil {
 		return err
 	}
-	if err := lintedBefore(ctx, e, a, o.force || o.dryRun || o.rehearse); err != nil {
-		return err
+	if !o.force {
+		if err := lintedBefore(ctx, e, a, o.dryRun || o.rehearse); err != nil {
+			return err
+		}
 	}
 	if o.dryRun {
 		return showPlan(e, a, spec)

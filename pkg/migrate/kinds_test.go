@@ -629,3 +629,15 @@ func TestTwoProcessesThroughEveryKind(t *testing.T) {
 	k.atHead(t, a)
 	k.atHead(t, b)
 }
+
+// A statement that PostgreSQL does not support here says so: it is no change by somebody else.
+func TestUnsupportedStatementIsNamed(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	s.put("0002_view.up.sql", "create view v as select id, n from a")
+	s.put("0003_type.up.sql", "create table b (id int);\nalter table a alter column n type bigint")
+	_, err := s.migrator(t).Tenant(t.Context(), s.a, migrate.TenantOptions{})
+	requireFault(t, err, fault.Unfit, "migration_failed")
+	require.ErrorContains(t, err, "0003_type failed in statement 2, line 2 (SQLSTATE 0A000)")
+	require.Equal(t, "1 1", s.version(t))
+}
