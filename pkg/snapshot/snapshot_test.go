@@ -2,6 +2,7 @@ package snapshot_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -323,4 +324,337 @@ func TestEveryKindOfChangeIsTakenBack(t *testing.T) {
 			f.Invariants(t)
 		})
 	}
+}
+
+// What was not changed by the run is not copied, and a rule for rows that is only renamed or added is no reason either.
+func TestOnlyWhatIsChangedIsCopied(t *testing.T) {
+	t.Parallel()
+	for up, want := range map[string][]string{
+		`select count(*) from books`: nil,
+		`create index on books (title); alter table books add check (title <> ''), alter column title set default 'x'`: nil,
+		`alter table authors add column age int, add unique (born); comment on table authors is 'people'`:              nil,
+		`alter table books alter column pages set not null, validate constraint books_author_fkey`:                     nil,
+		`alter table books alter column title drop not null`:                                                           {"books"},
+		`alter table books rename constraint books_pages_check to more`:                                                nil,
+		`select pg_catalog.setval('tickets', 500)`:                                                                     nil,
+		`lock table books in access exclusive mode; select from authors for update`:                                    nil,
+		`update books set pages = 1 where false`:                                                                       {"books"},
+		`do $$ begin execute 'de' || 'lete from log'; end $$`:                                                          {"log"},
+		`with gone as (delete from log returning id) select count(*) from gone`:                                        {"log"},
+		`drop index books_author_idx`:                                                                                  nil,
+		`alter table authors drop constraint authors_name_key`:                                                         {"authors"},
+		`merge into log using books on false when not matched then insert (what) values ('merged')`:                    {"log"},
+	} {
+		t.Run(up, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t)
+			m := f.with(first, up)
+			s := f.snapshots(m)
+			require.ElementsMatch(t, want, f.kept(f.migrated(m, s, f.t1), f.t1, s))
+		})
+	}
+}
+
+// Each refusal, with nothing changed.
+func TestWhatCannotBeTakenBackIsRefused(t *testing.T) {
+	t.Parallel()
+	up := []string{first, `alter table books drop column pages cascade`}
+	for what, c := range map[string]struct {
+		kind   fault.Kind
+		code   string
+		says   string
+		before func(f *fixture)
+		after  func(f *fixture, m *migrate.Migrator, s *snapshot.Snapshots, run *uuid.UUID)
+		with   []string // migrations of the process that undoes
+	}{
+		"no undo point": {fault.NotFound, "no_undo_point", "kept none", nil, func(_ *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, run *uuid.UUID) {
+			*run = uuid.New()
+		}, nil},
+		"expired": {fault.Conflict, "undo_expired", "expired", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			_, err := f.admin.Exec(f.t.Context(), `update public.undo_points set expires_at = now()`)
+			require.NoError(f.t, err)
+		}, nil},
+		"migrated further": {fault.Conflict, "migrated_since", "from version 2 to 3", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			_, err := f.with(append(up, `create table more (id int)`)...).Tenant(f.t.Context(), f.t1, migrate.TenantOptions{})
+			require.NoError(f.t, err)
+		}, nil},
+		"taken down and up again": {fault.Conflict, "undo_expired", "taken down", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			fs := files(up...)
+			fs["0002_step.down.sql"] = &fstest.MapFile{Data: []byte(`alter table books add column pages integer`)}
+			m, err := migrate.New(f.DB, migrate.Options{Files: schemas.Files, Tenant: fs})
+			require.NoError(f.t, err)
+			_, err = m.Down(f.t.Context(), f.t1, 1, migrate.TenantOptions{})
+			require.NoError(f.t, err)
+			f.in(f.t1, `create view thick as select 1`)
+			_, err = m.Tenant(f.t.Context(), f.t1, migrate.TenantOptions{})
+			require.NoError(f.t, err)
+		}, nil},
+		"dropped": {fault.Conflict, "wrong_state", "the tenant is dropped", nil, func(f *fixture, m *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			_, err := f.provisioner(m).Drop(f.t.Context(), f.t1.Slug, time.Hour, "test")
+			require.NoError(f.t, err)
+		}, nil},
+		"a migration that was begun since": {fault.Conflict, "unfinished_migration", "migration 3 of this tenant has been begun since", nil,
+			func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+				m := f.with(append(up, `data:update authors set name = (case when id < 3 then name || '.' else (1 / (id - id))::text end)
+					where id = (select min(id) from authors where name not like '%.')`)...)
+				_, err := m.Tenant(f.t.Context(), f.t1, migrate.TenantOptions{})
+				requireFault(f.t, err, fault.Unfit, "migration_failed")
+			}, nil},
+		"other files": {fault.Conflict, "edited_migration", "0001_step", nil, nil, []string{first + "\n-- edited"}},
+		"a table of somebody's": {fault.Conflict, "foreign_objects", "lost: table mine", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			f.in(f.t1, `create table mine (id int)`)
+		}, nil},
+		"a column of somebody's, from before": {fault.Conflict, "foreign_objects", "lost: column authors.mine", func(f *fixture) {
+			f.in(f.t1, `alter table authors add column mine text`)
+		}, nil, nil},
+		"a function, an index and a trigger": {fault.Conflict, "foreign_objects", "function mine(x integer), index mine, trigger mine of log", nil,
+			func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+				f.in(f.t1, `create index mine on log (what); create trigger mine after insert on log execute function note(); create function mine(x int) returns int language sql as 'select 1'`)
+			}, nil},
+		"a missing column": {fault.Conflict, "undo_unfit", "its table authors lacks the column born", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			f.in(f.t1, `alter table authors drop column born`)
+		}, nil},
+		"rows that do not fit": {fault.Conflict, "undo_unfit", "SQLSTATE 23505", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			f.in(f.t1, `alter table authors drop constraint authors_name_key; insert into authors (name) values ('Ada')`)
+		}, nil},
+		"a row of a copied table that refers to what is gone": {fault.Conflict, "undo_unfit", "SQLSTATE 23503", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			f.in(f.t1, `delete from books; delete from authors`)
+		}, nil},
+		"a copy that was tampered with": {fault.Conflict, "undo_unfit", "would have 3 rows instead of 4", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, run *uuid.UUID) {
+			schema := f.scalar(`select schema from public.undo_points`)
+			_, err := f.admin.Exec(f.t.Context(), `delete from `+postgres.Quote(schema)+`.books where id = 4`)
+			require.NoError(f.t, err)
+		}, nil},
+		"the schema was made again behind oneo's back": {fault.NotFound, "schema_missing", "not where", nil, func(f *fixture, _ *migrate.Migrator, _ *snapshot.Snapshots, _ *uuid.UUID) {
+			_, err := f.admin.PgConn().Exec(f.t.Context(), `alter schema acme rename to elsewhere; create schema acme`).ReadAll()
+			require.NoError(f.t, err)
+			f.t.Cleanup(func() {
+				_, err := f.admin.PgConn().Exec(context.Background(), `drop schema acme; alter schema elsewhere rename to acme`).ReadAll()
+				require.NoError(f.t, err)
+			})
+		}, nil},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t)
+			if c.before != nil {
+				c.before(f)
+			}
+			m := f.with(up...)
+			s := f.snapshots(m)
+			run := f.migrated(m, s, f.t1)
+			if c.after != nil {
+				c.after(f, m, s, &run)
+			}
+			if c.with != nil {
+				s = f.snapshots(f.with(c.with...))
+			}
+			state := func() string {
+				return f.scalar(`select row(p.*)::text || (select string_agg(nspname || oid, ' ' order by nspname) from pg_namespace where nspname !~ '^pg_')
+|| (select string_agg(u::text, ' ') from public.undo_points u) || (select count(*) from public.ledger) from public.placements p where number = $1`, f.t1.Number)
+			}
+			before := state()
+			_, err := s.Undo(t.Context(), f.t1, run)
+			requireFault(t, err, c.kind, c.code)
+			require.Contains(t, fault.Of(err).Message, c.says)
+			require.Equal(t, "acme", fault.Of(err).Tenant)
+			require.Equal(t, before, state(), "nothing was changed")
+			if c.code != "undo_unfit" && c.code != "schema_missing" { // those are found by filling only
+				_, err = s.Check(t.Context(), f.t1, run)
+				requireFault(t, err, c.kind, c.code)
+			}
+		})
+	}
+}
+
+// A later run is undone first; then the one before it.
+func TestRunsAreTakenBackLastFirst(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	two := f.with(first, `alter table books drop column pages cascade`)
+	three := f.with(first, `alter table books drop column pages cascade`, `update authors set name = upper(name)`)
+	s := f.snapshots(three)
+	a := f.migrated(two, s, f.t1)
+	middle := f.print(f.t1)
+	b := f.migrated(three, s, f.t1)
+	_, err := s.Undo(t.Context(), f.t1, a)
+	requireFault(t, err, fault.Conflict, "migrated_since")
+	require.Contains(t, fault.Of(err).Hint, b.String())
+	_, err = s.Undo(t.Context(), f.t1, b)
+	require.NoError(t, err)
+	require.Equal(t, middle, f.print(f.t1))
+	f.Invariants(t)
+	_, err = f.snapshots(f.old).Undo(t.Context(), f.t1, a) // with the binary that knows no more than the old version
+	require.NoError(t, err)
+	require.Equal(t, f.ref, f.print(f.t1))
+	require.Equal(t, "Ada,Grace,Mary", f.ask(f.t1, `select string_agg(name, ',' order by id) from authors`))
+	f.Invariants(t)
+	require.Equal(t, "2", f.scalar(`select count(*) from pg_namespace where nspname like 'oneo\_undone\_%'`), "what was taken out lies there")
+}
+
+// What was written since is counted; what the run wrote is not.
+func TestLossIsTold(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `alter table books drop column pages cascade; alter table authors add column age int; create table notes (id int, body text);
+		insert into notes values (1, 'by the run'); do $$ begin update books set title = title || '!'; exception when others then raise; end $$`,
+		`data:update books set title = title || '?' where id in (select id from books where title not like '%?' order by id limit 2)`)
+	s := f.snapshots(m)
+	run := f.migrated(m, s, f.t1)
+	loss, err := s.Check(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	require.Zero(t, loss.Rows, "nothing was written since the run")
+	require.ElementsMatch(t, []string{"table notes", "column authors.age"}, loss.Made)
+	f.in(f.t1, `update books set title = 'later' where id = 1; insert into books (author, title) values (1, 'x'); insert into notes values (2, 'later');
+		insert into authors (name) values ('stays')`)
+	loss, err = s.Check(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	require.EqualValues(t, 2+2+1, loss.Rows, "two in books, what the trigger wrote of them in log, which the run had written to as well, and one in notes")
+}
+
+// The copies and what was taken out are the owner's alone, and end with the tenant.
+func TestNobodyElseReadsTheCopies(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `alter table books drop column pages cascade; update authors set name = 'x' || id`)
+	s := f.snapshots(m)
+	run := f.migrated(m, s, f.t1)
+	denied := func(table string) {
+		t.Helper()
+		err := f.DB.InTenant(t.Context(), f.t1, postgres.Read, func(tx *postgres.Tx) error {
+			_, err := tx.Exec(t.Context(), `select id from `+table)
+			return err
+		})
+		require.Equalf(t, "42501", postgres.SQLState(err), "%v", err)
+		err = f.DB.InShared(t.Context(), postgres.Read, func(tx *postgres.Tx) error {
+			_, err := tx.Exec(t.Context(), `select id from `+table)
+			return err
+		})
+		require.Equalf(t, "42501", postgres.SQLState(err), "the app role: %v", err)
+	}
+	denied(f.scalar(`select schema from public.undo_points`) + ".books")
+	_, err := s.Undo(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	undone := f.scalar(`select undone from public.undo_points`)
+	denied(undone + ".books")
+	require.Equal(t, "x1", f.scalar(`select name from `+undone+`.authors where id = 1`), "what was taken out is as it was")
+	again := f.migrated(m, s, f.t1)
+	require.NotEqual(t, run, again)
+	f.Invariants(t)
+
+	p := f.provisioner(m)
+	_, err = p.Drop(t.Context(), f.t1.Slug, time.Hour, "test")
+	require.NoError(t, err)
+	_, err = p.Purge(t.Context(), f.t1.Slug, "test")
+	require.NoError(t, err)
+	require.Equal(t, "0", f.scalar(`select count(*) from public.undo_points`))
+	require.Equal(t, "0", f.scalar(`select count(*) from pg_namespace where nspname like 'oneo\_%'`))
+	f.Invariants(t)
+}
+
+func TestExpire(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `update authors set name = 'x' || id`)
+	s := f.snapshots(m)
+	t2 := f.tenant(f.old, "beta")
+	t3 := f.tenant(f.old, "gamma")
+	f.migrated(m, s, f.t1)
+	undone := f.migrated(m, s, t2)
+	_, err := s.Undo(t.Context(), t2, undone)
+	require.NoError(t, err)
+	soon := f.snapshots(m, time.Nanosecond)
+	f.migrated(m, soon, t3)
+	n, err := s.Expire(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	f.Invariants(t)
+	require.Equal(t, "2", f.scalar(`select count(*) from public.undo_points`))
+
+	// One that somebody reads is left for later, and does not keep the other.
+	_, err = f.admin.Exec(t.Context(), `update public.undo_points set expires_at = now()`)
+	require.NoError(t, err)
+	reader := pgtest.Admin(t, f.AdminURL)
+	_, err = reader.PgConn().Exec(t.Context(), `begin; select * from `+f.scalar(`select schema from public.undo_points where undone is null`)+`.authors`).ReadAll()
+	require.NoError(t, err)
+	n, err = s.Expire(t.Context())
+	require.Error(t, err)
+	require.Equal(t, 1, n)
+	require.Equal(t, "1", f.scalar(`select count(*) from public.undo_points`))
+	_, err = reader.Exec(t.Context(), `rollback`)
+	require.NoError(t, err)
+	n, err = s.Expire(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.Equal(t, "0", f.scalar(`select count(*) from pg_namespace where nspname like 'oneo\_undo%'`))
+	f.Invariants(t)
+}
+
+// A policy that hides rows from the owner too must end the run, not leave rows out of the copy.
+func TestHiddenRowsAreNotLost(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	two := f.with(first, `alter table authors enable row level security; alter table authors force row level security; create policy few on authors using (id = 1)`)
+	_, err := two.Tenant(t.Context(), f.t1, migrate.TenantOptions{})
+	require.NoError(t, err)
+	m := f.with(first, `alter table authors enable row level security; alter table authors force row level security; create policy few on authors using (id = 1)`,
+		`alter table authors drop column born`)
+	s := f.snapshots(m)
+	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(uuid.New(), f.t1)})
+	requireFault(t, err, fault.Conflict, "no_undo_point")
+	f.Invariants(t)
+}
+
+func TestKeepable(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `create table more (id int)`, "-- oneo: no-transaction\ncreate index concurrently x on books (title);\ndrop index concurrently x;\nvacuum books",
+		`data:update books set pages = 1 where pages is null`, "-- oneo: no-transaction\nalter table books add column note text;\ncreate index concurrently y on books (note)",
+		"data:-- oneo: beside\nupdate books set pages = 2 where pages = 1")
+	s := f.snapshots(m)
+	require.NoError(t, s.Keepable(1, 4))
+	err := s.Keepable(1, 5)
+	requireFault(t, err, fault.Invalid, "no_undo_point")
+	require.Contains(t, err.Error(), "0005_step")
+	err = s.Keepable(5, 6)
+	requireFault(t, err, fault.Invalid, "no_undo_point")
+	require.Contains(t, err.Error(), "0006_step")
+	require.NoError(t, s.Keepable(6, 6))
+
+	// What an earlier run has left open would be taken back and count as done.
+	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Target: 5})
+	require.NoError(t, err)
+	_, err = f.admin.Exec(t.Context(), `insert into public.progress (tenant, version, checksum, beside) values ($1, 5, sha256(''), true)`, f.t1.Number)
+	require.NoError(t, err)
+	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(uuid.New(), f.t1)})
+	requireFault(t, err, fault.Conflict, "no_undo_point")
+}
+
+// The tenant's operation lock and the point's row keep others away.
+func TestOthersAtWork(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `delete from books`)
+	s, err := snapshot.New(snapshot.Options{DB: f.DB, Migrate: m, Keep: time.Hour, LockWait: 50 * time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+	require.NoError(t, err)
+	run := f.migrated(m, s, f.t1)
+	other, _, _ := f.Open(t)
+	held := errors.New("held")
+	err = other.AsOwner(t.Context(), "main", func(tx *postgres.OwnerTx) error {
+		if err := tx.LockOperation(t.Context(), f.t1.Number, time.Second); err != nil {
+			return err
+		}
+		_, err := s.Undo(t.Context(), f.t1, run)
+		requireFault(t, err, fault.Locked, "operation_running")
+		return held
+	})
+	require.ErrorIs(t, err, held)
+	_, err = f.admin.Exec(t.Context(), `update public.undo_points set expires_at = now()`)
+	require.NoError(t, err)
+	user := pgtest.Admin(t, f.AdminURL)
+	_, err = user.PgConn().Exec(t.Context(), `begin; select * from public.undo_points for update`).ReadAll()
+	require.NoError(t, err)
+	n, err := s.Expire(t.Context())
+	require.NoError(t, err)
+	require.Zero(t, n, "one that is being used is left alone")
 }
