@@ -47,6 +47,7 @@ create trigger never before truncate on authors execute function note();
 alter table authors enable always trigger never;
 create rule loud as on insert to seeded do also insert into log (what) values ('rule');
 create index on books (author);
+comment on constraint books_author_fkey on books is 'who has written it';
 `
 
 // rows are what a tenant of it has.
@@ -263,6 +264,15 @@ func TestEveryKindOfChangeIsTakenBack(t *testing.T) {
 			later:  `insert into books (author, title, slug) values (1, 'lost', 'x'); insert into parts values (7, 'z')`,
 			tables: map[string]string{"count(*) from books": "(4)", "max(born) from authors": "(1815-12-10)", "count(*) from parts": "(3)"},
 		},
+		"batches alone": {
+			up:   []string{`data:delete from log where id in (select id from log order by id limit $1)`},
+			kept: []string{"log"}, later: `insert into log (what) values ('lost'); insert into authors (name) values ('Joan')`,
+			tables: map[string]string{"count(*) from log": "(5)", "count(*) from authors": "(4)"},
+		},
+		"an index alone": {
+			up:    []string{"-- oneo: no-transaction\ncreate index concurrently books_title on books (title);\nvacuum analyze books"},
+			later: `insert into books (author, title) values (1, 'kept')`, tables: map[string]string{"count(*) from books": "(5)"},
+		},
 		"functions, views, triggers and defaults": {
 			up: []string{`create or replace function note() returns trigger language plpgsql as $$ begin return null; end $$;
 				drop view thick; create view thick as select id from books; drop trigger noted on books;
@@ -300,6 +310,7 @@ func TestEveryKindOfChangeIsTakenBack(t *testing.T) {
 			for sql, want := range c.tables {
 				require.Equal(t, want, f.ask(f.t1, "select row(x.*) from (select "+sql+") x"), sql)
 			}
+			require.Equal(t, "who has written it", f.ask(f.t1, `select obj_description(oid, 'pg_constraint') from pg_constraint where conname = 'books_author_fkey' and conrelid = 'books'::regclass`))
 			require.NotEqual(t, was, f.scalar(`select namespace from public.placements where number = $1`, f.t1.Number))
 			f.Invariants(t)
 
@@ -331,19 +342,21 @@ func TestOnlyWhatIsChangedIsCopied(t *testing.T) {
 	t.Parallel()
 	for up, want := range map[string][]string{
 		`select count(*) from books`: nil,
-		`create index on books (title); alter table books add check (title <> ''), alter column title set default 'x'`: nil,
-		`alter table authors add column age int, add unique (born); comment on table authors is 'people'`:              nil,
-		`alter table books alter column pages set not null, validate constraint books_author_fkey`:                     nil,
-		`alter table books alter column title drop not null`:                                                           {"books"},
-		`alter table books rename constraint books_pages_check to more`:                                                nil,
-		`select pg_catalog.setval('tickets', 500)`:                                                                     nil,
-		`lock table books in access exclusive mode; select from authors for update`:                                    nil,
-		`update books set pages = 1 where false`:                                                                       {"books"},
-		`do $$ begin execute 'de' || 'lete from log'; end $$`:                                                          {"log"},
-		`with gone as (delete from log returning id) select count(*) from gone`:                                        {"log"},
-		`drop index books_author_idx`:                                                                                  nil,
-		`alter table authors drop constraint authors_name_key`:                                                         {"authors"},
-		`merge into log using books on false when not matched then insert (what) values ('merged')`:                    {"log"},
+		`create index on books (title); alter table books add check (title <> ''), alter column title set default 'x'`:               nil,
+		`alter table authors add column age int, add unique (born); comment on table authors is 'people'`:                            nil,
+		`alter table books alter column pages set not null, validate constraint books_author_fkey`:                                   nil,
+		`alter table books alter column title drop not null`:                                                                         {"books"},
+		`alter table books rename constraint books_pages_check to more`:                                                              nil,
+		`select pg_catalog.setval('tickets', 500)`:                                                                                   nil,
+		`lock table books in access exclusive mode; select from authors for update`:                                                  nil,
+		`update books set pages = 1 where false`:                                                                                     {"books"},
+		`do $$ begin execute 'de' || 'lete from log'; end $$`:                                                                        {"log"},
+		`with gone as (delete from log returning id) select count(*) from gone`:                                                      {"log"},
+		`create table parts_c partition of parts for values in ('c')`:                                                                {"parts"},
+		`create table parts_c (id int not null, kind text not null); alter table parts attach partition parts_c for values in ('c')`: {"parts"},
+		`drop index books_author_idx`:                                                                                                nil,
+		`alter table authors drop constraint authors_name_key`:                                                                       {"authors"},
+		`merge into log using books on false when not matched then insert (what) values ('merged')`:                                  {"log"},
 	} {
 		t.Run(up, func(t *testing.T) {
 			t.Parallel()
@@ -628,6 +641,45 @@ func TestKeepable(t *testing.T) {
 	require.NoError(t, err)
 	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(uuid.New(), f.t1)})
 	requireFault(t, err, fault.Conflict, "no_undo_point")
+}
+
+// A request that is at work is waited for, whatever it has touched: half of it would be lost.
+func TestRequestsAtWorkAreWaitedFor(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `alter table books drop column pages cascade`)
+	db, _, _ := f.Open(t, func(o *postgres.Options) { o.LockTimeout = 50 * time.Millisecond })
+	s, err := snapshot.New(snapshot.Options{DB: db, Migrate: m, Keep: time.Hour, Logger: slog.New(slog.DiscardHandler)})
+	require.NoError(t, err)
+	run := f.migrated(m, s, f.t1)
+	require.NoError(t, f.DB.InTenant(t.Context(), f.t1, postgres.Write, func(tx *postgres.Tx) error {
+		if _, err := tx.Exec(t.Context(), `insert into books (author, title) values (1, 'in one transaction')`); err != nil {
+			return err
+		}
+		_, err := s.Undo(t.Context(), f.t1, run)
+		requireFault(t, err, fault.Locked, "gate_busy")
+		_, err = tx.Exec(t.Context(), `insert into authors (name) values ('in one transaction')`)
+		return err
+	}))
+	_, err = s.Undo(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	require.Equal(t, "4", f.ask(f.t1, "select count(*) from authors"))
+	f.Invariants(t)
+}
+
+// A run that goes on behind its own undoing, or behind the end of its point, begins nothing that could not be taken back.
+func TestAPointIsUsedOnce(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `delete from books`)
+	s := f.snapshots(m)
+	run := f.migrated(m, s, f.t1)
+	_, err := s.Undo(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(run, f.t1)})
+	requireFault(t, err, fault.Conflict, "undo_expired")
+	require.Equal(t, "4", f.ask(f.t1, "select count(*) from books"))
+	f.Invariants(t)
 }
 
 // The tenant's operation lock and the point's row keep others away.

@@ -443,7 +443,8 @@ select 1, pg_catalog.format('alter table %s disable rule %I', t.name, r.rulename
 from t join pg_catalog.pg_rewrite r on r.ev_class = t.oid where r.ev_enabled <> 'D'
 union all
 select 0, pg_catalog.format('alter table %s drop constraint %I', t.name, k.conname),
-	pg_catalog.format('alter table %s add constraint %I %s', t.name, k.conname, pg_catalog.pg_get_constraintdef(k.oid)), k.oid
+	pg_catalog.format('alter table %s add constraint %I %s', t.name, k.conname, pg_catalog.pg_get_constraintdef(k.oid))
+		|| coalesce(pg_catalog.format(E';\ncomment on constraint %I on %s is %L', k.conname, t.name, pg_catalog.obj_description(k.oid, 'pg_constraint')), ''), k.oid
 from t join pg_catalog.pg_constraint k on k.conrelid = t.oid where k.contype = 'f' and k.conparentid = 0
 order by 1, 4`
 	rows, err := w.tx.Query(ctx, off, oids, w.p.at)
@@ -639,24 +640,10 @@ where run = $1 and tenant = $2`, []any{w.run, w.t.Number, w.undone, w.s.o.Keep}}
 			return err
 		}
 	}
-	// What lies aside is the owner's alone, and must not keep the role from being dropped with its tenant.
-	const granted = `select pg_catalog.format('revoke all on %s %I.%I from %I', case c.relkind when 'S' then 'sequence' else 'table' end, $2::text, c.relname, $3::text)
-from pg_catalog.pg_class c where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and c.relkind in ('r', 'p', 'v', 'm', 'S', 'f')
-union all
-select pg_catalog.format('revoke all on routine %I.%I(%s) from %I', $2::text, f.proname, pg_catalog.pg_get_function_identity_arguments(f.oid), $3::text)
-from pg_catalog.pg_proc f where f.oid in (` + inSchema + `'pg_catalog.pg_proc'::pg_catalog.regclass) and f.proacl is not null`
-	rows, err := w.tx.Query(ctx, granted, w.p.namespace, w.undone, w.p.role)
-	if err != nil {
-		return err
-	}
-	revoke, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return err
-	}
+	// What lies aside is the owner's alone: without the use of its schema the grants on its tables are worth nothing.
 	undone, role := postgres.Quote(w.undone), postgres.Quote(w.p.role)
-	revoke = append(revoke, "revoke all on schema "+undone+" from "+role,
-		"alter default privileges in schema "+undone+" revoke all on tables from "+role,
-		"alter default privileges in schema "+undone+" revoke all on sequences from "+role,
-		"drop schema "+postgres.Quote(w.p.schema)+" cascade")
-	return w.tx.Script(ctx, strings.Join(revoke, ";\n"))
+	return w.tx.Script(ctx, "revoke all on schema "+undone+" from "+role+
+		";\nalter default privileges in schema "+undone+" revoke all on tables from "+role+
+		";\nalter default privileges in schema "+undone+" revoke all on sequences from "+role+
+		";\ndrop schema "+postgres.Quote(w.p.schema)+" cascade")
 }
