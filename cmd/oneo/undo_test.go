@@ -3,10 +3,12 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -115,4 +117,67 @@ func TestUndoSetsABusyTenantAside(t *testing.T) {
 	var n int
 	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from t001.pipelines where key = 'later'`).Scan(&n))
 	require.Equal(t, 1, n)
+}
+
+// Over HTTP: while a tenant is migrated and taken back again and again, each record that was acknowledged is there, and no
+// answer is another error than 503. A server drops what has expired.
+func TestServedWhileTakenBack(t *testing.T) {
+	t.Parallel()
+	p, _ := undone(t, 1)
+	_, stderr, code := p.run(nil, "undo", "last", "--yes", "--progress", "none")
+	require.Zero(t, code, stderr)
+	_, token := userKey(t, p.env, nil, "t000", "user@example.com")
+	s := serve(t, p.env)
+	status, body := s.do(t, "POST", "t000.localhost", "/api/v1/pipelines", token, `{"key":"deals","name":"Deals","fields":[{"key":"note","name":"Note","type":"text"}]}`)
+	require.Equal(t, http.StatusCreated, status, body)
+	var made, waited atomic.Int64
+	stop := make(chan struct{})
+	var users sync.WaitGroup
+	for u := range 3 {
+		users.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				method, path, body, want := "POST", "/api/v1/pipelines/deals/records", fmt.Sprintf(`{"data":{"note":"%d of %d"}}`, i, u), http.StatusCreated
+				if i%3 == 2 {
+					method, path, body, want = "GET", path+"?limit=3&count=exact", "", http.StatusOK
+				}
+				status, answer := s.do(t, method, "t000.localhost", path, token, body)
+				switch {
+				case status == want && method == "POST":
+					made.Add(1)
+				case status == want:
+				case status == http.StatusServiceUnavailable:
+					waited.Add(1)
+				default:
+					t.Errorf("%s %s: %d %s", method, path, status, answer)
+				}
+			}
+		})
+	}
+	for range 5 {
+		_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--undo-point", "--progress", "none")
+		require.Zero(t, code, stderr)
+		_, stderr, code = p.run(nil, "undo", "last", "--yes", "--progress", "none")
+		require.Zero(t, code, stderr)
+	}
+	close(stop)
+	users.Wait()
+	var records int64
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from t000.records`).Scan(&records))
+	require.Equal(t, made.Load(), records, "each record that was acknowledged, and no other")
+	require.Greater(t, records, int64(50))
+	t.Logf("%d records, %d answers of 503", records, waited.Load())
+	p.env.Invariants(t)
+
+	var points int
+	p.exec(`update public.undo_points set expires_at = now()`)
+	serve(t, p.env)
+	require.Eventually(t, func() bool {
+		return p.admin.QueryRow(t.Context(), `select count(*) from public.undo_points`).Scan(&points) == nil && points == 0
+	}, 20*time.Second, 20*time.Millisecond, "a server drops what has expired")
+	p.env.Invariants(t)
 }

@@ -237,17 +237,17 @@ func (a *App) expireUndoPoints(ctx context.Context) {
 	ticker := time.NewTicker(expireUndoPointsEach)
 	defer ticker.Stop()
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
 		n, err := a.Snapshots.Expire(ctx)
 		if n > 0 {
 			a.Log.Info("dropped undo points that have expired", "tenants", n)
 		}
 		if err != nil && ctx.Err() == nil {
 			a.Log.Warn("drop undo points that have expired", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
 		}
 	}
 }
