@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -441,5 +442,10 @@ func (r *eachRun) done(_ context.Context, end rollout.Run, say func(string, ...a
 	if r.m == nil {
 		return nil
 	}
-	return r.m.end()
+	if err := r.m.end(); errors.Is(err, syscall.EPIPE) {
+		say("the result was not read to its end")
+	} else if err != nil {
+		return fmt.Errorf("write the result: %w", err)
+	}
+	return nil
 }

@@ -93,6 +93,13 @@ func (m *merged) full(ordinal int) bool {
 	return m.max > 0 && n >= m.max
 }
 
+// unread reports whether nobody takes what is written any more.
+func (m *merged) unread() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.err != nil
+}
+
 // add takes a tenant's part.
 func (m *merged) add(ordinal int, p piece) {
 	m.mu.Lock()
@@ -171,6 +178,9 @@ func cutAll(most int) *reportedError {
 
 // write writes one row and what stands between it and the one before.
 func (m *merged) write(row []byte) {
+	if m.err != nil {
+		return
+	}
 	var b []byte
 	switch {
 	case m.e.output == "json" && m.begun:
@@ -181,9 +191,7 @@ func (m *merged) write(row []byte) {
 		b = m.heading()
 	}
 	m.begun = true
-	if _, err := m.e.out.Write(append(b, row...)); m.err == nil {
-		m.err = err
-	}
+	_, m.err = m.e.out.Write(append(b, row...))
 }
 
 func (m *merged) heading() []byte {
@@ -221,8 +229,8 @@ func (m *merged) end() error {
 	case "table":
 		return m.flush()
 	}
-	if _, err := fmt.Fprint(m.e.out, rest); m.err == nil {
-		m.err = err
+	if m.err == nil {
+		_, m.err = fmt.Fprint(m.e.out, rest)
 	}
 	return m.err
 }

@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"os/signal"
 	"runtime"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -114,11 +117,11 @@ func (o *fleetOptions) spec(s rollout.Spec) (rollout.Spec, error) {
 
 // workOn works on a run until it is over and reports it: the exit code is its end.
 func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOptions, rows []reported) error {
-	make, ok := runKinds[run.Kind]
+	works, ok := runKinds[run.Kind]
 	if !ok {
 		return fault.New(fault.Unsupported, "this oneo cannot work on a run of the kind %q", run.Kind).WithCode("unknown_run_kind")
 	}
-	w, err := make(e, a, run.Request)
+	w, err := works(e, a, run.Request)
 	if err != nil {
 		return err
 	}
@@ -140,6 +143,10 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	}
 	told := p.told
 	if w.told != nil {
+		// Whoever reads the result may go away, as head does: that must not end the process in the middle of the run.
+		gone := make(chan os.Signal, 1)
+		signal.Notify(gone, syscall.SIGPIPE)
+		defer signal.Stop(gone)
 		told = func(ev rollout.Event) {
 			p.clear()
 			w.told(ev)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -400,7 +401,11 @@ func (s *sqlRun) do(ctx context.Context, task rollout.Task) rollout.Outcome {
 	skip := func(why *reportedError) rollout.Outcome {
 		return rollout.Outcome{Status: fleet.Skipped, Result: &sqlResult{Reason: why}}
 	}
-	if s.Mode == sqlRead && s.m.full(task.Ordinal) {
+	switch {
+	case s.Mode != sqlRead: // a change is made whether or not its result is read
+	case s.m.unread():
+		return skip(&reportedError{Code: "unread", Message: "nobody reads the result any more"})
+	case s.m.full(task.Ordinal):
 		return skip(cutAll(s.MaxRows))
 	}
 	t, err := taskTenant(task)
@@ -533,7 +538,12 @@ func (s *sqlRun) tell(ev rollout.Event) {
 }
 
 func (s *sqlRun) done(_ context.Context, end rollout.Run, say func(string, ...any)) error {
-	if err := s.m.end(); err != nil {
+	switch err := s.m.end(); {
+	case errors.Is(err, syscall.EPIPE) && s.Mode == sqlRead:
+		return errExit{exitFailed} // as if it had died of it, but for the run, which has ended
+	case errors.Is(err, syscall.EPIPE):
+		say("the result was not read to its end")
+	case err != nil:
 		return fmt.Errorf("write the result: %w", err)
 	}
 	if s.m.cut > 0 {

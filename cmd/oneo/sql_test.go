@@ -174,6 +174,44 @@ func TestResultsStandInTheOrderOfNames(t *testing.T) {
 	require.Zero(t, rows, "of what was read only counts are stored")
 }
 
+// Whoever reads the result goes away after its first row: a reading run ends early, a change is made all the same.
+func TestReaderThatGoesAwayLeavesNoOpenRun(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 40)
+	p.writable()
+	for _, args := range [][]string{
+		{"select pg_sleep(0.01), repeat('x', 5000)"}, {"--write", "--yes", change(5) + " returning repeat('x', 5000), pg_sleep(0.01)"},
+	} {
+		cmd := child(p.env, p.extra, append([]string{"sql", "--all-tenants", "--jobs", "2", "--progress", "none", "-o", "ndjson"}, args...)...)
+		out, err := cmd.StdoutPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		_, err = out.Read(make([]byte, 100))
+		require.NoError(t, err)
+		require.NoError(t, out.Close())
+		_ = cmd.Wait()
+		require.True(t, cmd.ProcessState.Exited(), cmd.ProcessState)
+		var state string
+		var ok, left int
+		const newest = `select o.state, (select count(*) from public.tasks t where t.run = o.id and t.state = 'ok'),
+	(select count(*) from public.tasks t where t.run = o.id and t.state in ('queued', 'running'))
+from public.operations o where o.kind = 'run.sql' order by o.id desc limit 1`
+		require.NoError(t, p.admin.QueryRow(t.Context(), newest).Scan(&state, &ok, &left))
+		require.Equal(t, "done", state)
+		require.Zero(t, left)
+		if len(args) > 1 {
+			require.Equal(t, 40, ok)
+			require.Zero(t, cmd.ProcessState.ExitCode())
+		} else {
+			require.Less(t, ok, 40)
+			require.Equal(t, exitFailed, cmd.ProcessState.ExitCode())
+		}
+	}
+	var times int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = 5`).Scan(&times))
+	require.Equal(t, 40, times)
+}
+
 // The pieces of a result come in any order, and more than once as much as is held for their order's sake.
 func TestMerged(t *testing.T) {
 	t.Parallel()
