@@ -30,7 +30,7 @@ func (f *fleet) column(ctx context.Context) error {
 		name string
 		add  func(ctx context.Context, jobs int) (column string, took time.Duration, err error)
 	}
-	ways := []way{{"psql", f.columnByPsql}, {"oneo", f.columnByOneo}}
+	ways := []way{{"psql", f.columnByPsql}, {"oneo", f.columnByOneo("--force")}, {"oneo, the linter first", f.columnByOneo()}}
 	for _, t := range tools {
 		if t.name == "golang-migrate" { // beside goose and tern it tells nothing new, and takes the longest
 			continue
@@ -45,7 +45,7 @@ func (f *fleet) column(ctx context.Context) error {
 		ratios []float64 // psql's time of the same round by this
 	}
 	f.b.printf("### One added column on %d tenants\n", len(f.slugs))
-	f.b.printf("Median of %d turns; psql: J processes, each a script of its share with a transaction a tenant; oneo: the whole command, J workers and a connection for the run's rows; goose, tern: J workers within this process (tern's wait for each other: its lock has one number for the whole database). fsync is %s and synchronous_commit %s for all.\n",
+	f.b.printf("Median of %d turns; psql: J processes, each a script of its share with a transaction a tenant; oneo: the whole command with --force, which asks no linter, and without, J workers and a connection for the run's rows; goose, tern: J workers within this process (tern's wait for each other: its lock has one number for the whole database). fsync is %s and synchronous_commit %s for all.\n",
 		columnRounds, fsync, commit)
 	f.b.printf("| J | way | s | ms a tenant | of psql's speed |\n| --- | --- | --- | --- | --- |")
 	held, told := true, []string{}
@@ -110,13 +110,15 @@ func (f *fleet) columnByPsql(ctx context.Context, jobs int) (string, time.Durati
 	return column, time.Since(start), err
 }
 
-func (f *fleet) columnByOneo(ctx context.Context, jobs int) (string, time.Duration, error) {
-	column, err := f.addMigration()
-	if err != nil {
-		return "", 0, err
+func (f *fleet) columnByOneo(more ...string) func(context.Context, int) (string, time.Duration, error) {
+	return func(ctx context.Context, jobs int) (string, time.Duration, error) {
+		column, err := f.addMigration()
+		if err != nil {
+			return "", 0, err
+		}
+		took, err := timed(f.migrate(ctx, jobs, append([]string{"-q"}, more...)...))
+		return column, took, err
 	}
-	took, err := timed(f.migrate(ctx, jobs, "-q"))
-	return column, took, err
 }
 
 // columnByTool adds a migration at every turn, as oneo's folder gets one.

@@ -108,7 +108,7 @@ func (f *fleet) whileMigrating(ctx context.Context, read func(context.Context) (
 	for runs := 1; ; runs++ {
 		column, err := f.addMigration()
 		if err == nil {
-			_, err = timed(f.migrate(ctx, f.jobs, "-q"))
+			_, err = timed(f.migrate(ctx, f.jobs, "-q", "--force"))
 		}
 		if err == nil {
 			err = f.added(ctx, column)

@@ -29,7 +29,7 @@ func (f *fleet) memory(ctx context.Context, to *peaks) error {
 		return err
 	}
 	start := time.Now()
-	adding, err := peakOf(ctx, f.migrate(ctx, f.jobs, "-q"))
+	adding, err := peakOf(ctx, f.migrate(ctx, f.jobs, "-q", "--force"))
 	if err != nil {
 		return err
 	}
@@ -46,7 +46,7 @@ func (all peaks) print(f *fleet) {
 		return
 	}
 	f.b.printf("### Memory of the migrating process\n")
-	f.b.printf("Peak resident memory of `oneo migrate --all-tenants`, %d jobs, as the kernel tells it at the end.\n", f.jobs)
+	f.b.printf("Peak resident memory of `oneo migrate --all-tenants --force` (the linter takes 270 MB more), %d jobs, as the kernel tells it at the end.\n", f.jobs)
 	f.b.printf("| tenants | nothing pending MB | of the first | one added column MB | of the first | ms a tenant |\n| --- | --- | --- | --- | --- | --- |")
 	most := 0.0
 	for _, p := range all {

@@ -76,8 +76,13 @@ func downWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 	if err := json.Unmarshal(request, &r); err != nil {
 		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
 	}
-	return runWork{timeout: r.Timeout, do: aimed(func(ctx context.Context, t tenant.Tenant, task rollout.Task) (migrate.Result, error) {
-		return a.Migrate.Down(ctx, t, task.To, migrate.TenantOptions{})
+	servers := &teller{a: a}
+	return runWork{timeout: r.Timeout, left: servers.rest, do: aimed(func(ctx context.Context, t tenant.Tenant, task rollout.Task) (migrate.Result, error) {
+		res, err := a.Migrate.Down(ctx, t, task.To, migrate.TenantOptions{Untold: true})
+		if res.From != res.To {
+			servers.changed(ctx, t.Group)
+		}
+		return res, err
 	})}, nil
 }
 

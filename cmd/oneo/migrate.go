@@ -99,7 +99,8 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 		return runWork{}, fault.New(fault.Conflict, "the run is to reach version %d; this oneo knows %d", r.Target, head).
 			WithCode("older_binary").WithHint("use the oneo, or the folder of migrations, that began it")
 	}
-	w := runWork{timeout: r.Timeout}
+	servers := &teller{a: a}
+	w := runWork{timeout: r.Timeout, left: servers.rest}
 	if r.UndoPoint {
 		w.parting = func(run rollout.Run) string { return fmt.Sprintf("to take it back: oneo undo %s", run.ID) }
 	}
@@ -108,7 +109,7 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 		if err != nil {
 			return rollout.Outcome{Err: err}
 		}
-		o := migrate.TenantOptions{Target: r.Target, Rehearse: r.Rehearse}
+		o := migrate.TenantOptions{Target: r.Target, Rehearse: r.Rehearse, Untold: true}
 		if r.UndoPoint {
 			if err := a.Snapshots.Keepable(task.From, r.Target); err != nil { // the files may have come since the run was planned
 				return rollout.Outcome{Err: err}
@@ -116,6 +117,9 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 			o.Keeper = a.Snapshots.Keeper(task.Run, t)
 		}
 		res, err := a.Migrate.Tenant(ctx, t, o)
+		if len(res.Applied) > 0 && !r.Rehearse {
+			servers.changed(ctx, t.Group)
+		}
 		out := rollout.Outcome{Status: fleet.OK, From: res.From, To: res.To, Err: err}
 		switch {
 		case err != nil:

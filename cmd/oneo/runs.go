@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,6 +29,8 @@ type runWork struct {
 	begin func(ctx context.Context)
 	// told is called with what happens, before it is told as progress; may be nil.
 	told func(rollout.Event)
+	// left is called once this process begins no more tasks, whatever has become of the run; may be nil.
+	left func(ctx context.Context)
 	// done is called once the run is over, however it ended, instead of a report of its tasks; may be nil. say tells the
 	// story in the form of the progress.
 	done      func(ctx context.Context, run rollout.Run, say func(string, ...any)) error
@@ -161,6 +164,9 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
 		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Told: told,
 	}, w.do)
+	if w.left != nil {
+		w.left(context.WithoutCancel(ctx))
+	}
 	p.end()
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("run %s: %w", run.ID, err)
@@ -255,6 +261,58 @@ func showTasks(ctx context.Context, e *env, a *app.App, run rollout.Run, rows []
 		return err
 	}
 	return show(e, rows, reportColumns)
+}
+
+// teller tells servers of a run's changes: of the first in each group at once, of the others a moment later together.
+// Commits that carry a notice would wait for each other.
+type teller struct {
+	a       *app.App
+	mu      sync.Mutex
+	pending map[string]*time.Timer // by group
+}
+
+const tellServersEvery = 100 * time.Millisecond
+
+func (t *teller) changed(ctx context.Context, group string) {
+	t.mu.Lock()
+	if t.pending == nil {
+		t.pending = map[string]*time.Timer{}
+	}
+	_, waits := t.pending[group]
+	if !waits {
+		t.pending[group] = time.AfterFunc(tellServersEvery, func() {
+			t.mu.Lock()
+			delete(t.pending, group)
+			t.mu.Unlock()
+			t.tell(context.WithoutCancel(ctx), group)
+		})
+	}
+	t.mu.Unlock()
+	if !waits {
+		t.tell(ctx, group)
+	}
+}
+
+// rest tells what is still to be told.
+func (t *teller) rest(ctx context.Context) {
+	t.mu.Lock()
+	var groups []string
+	for group, timer := range t.pending {
+		if timer.Stop() {
+			groups = append(groups, group)
+		}
+	}
+	t.mu.Unlock()
+	for _, group := range groups {
+		t.tell(ctx, group)
+	}
+}
+
+// tell need not succeed: servers look by themselves too, and each binding looks at the version.
+func (t *teller) tell(ctx context.Context, group string) {
+	if err := t.a.Migrate.Tell(ctx, group); err != nil {
+		t.a.Log.DebugContext(ctx, "tell the servers of changed versions", "group", group, "error", err)
+	}
 }
 
 // taskTenant is the tenant of a task, as far as a migration needs to know it.

@@ -64,7 +64,7 @@ func (w *work) statements(ctx context.Context, f File) error {
 		return w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
 			return s.Tx(ctx, func() error {
 				sc := &script{}
-				w.m.recordUp(sc, w.t.Number, []File{f}, startedAt(w.t.Number, f.Version))
+				w.recordUp(sc, []File{f}, startedAt(w.t.Number, f.Version))
 				sc.then("delete from public.progress where tenant = %d and version = %d", w.t.Number, f.Version)
 				if err := s.Script(ctx, sc.text()); err != nil {
 					return err

@@ -123,7 +123,7 @@ func (w *work) batch(ctx context.Context, tx *postgres.OwnerTx, st standing, f F
 	}
 	err = w.run(ctx, tx, st.xid, nil, func(sc *script) {
 		if !f.Beside {
-			w.m.recordUp(sc, w.t.Number, []File{f}, startedAt(w.t.Number, f.Version))
+			w.recordUp(sc, []File{f}, startedAt(w.t.Number, f.Version))
 		}
 		sc.then("delete from public.progress where tenant = %d and version = %d", w.t.Number, f.Version)
 	})

@@ -106,7 +106,7 @@ func (w *work) back(ctx context.Context, tx *postgres.OwnerTx, st standing) ([]F
 		sc.then("update public.undo_points set expires_at = least(expires_at, pg_catalog.now()) where tenant = %d and to_version > %d and undone_at is null", w.t.Number, w.target)
 		sc.then("delete from public.ledger where set = 'tenant' and tenant = %d and version > %d", w.t.Number, w.target)
 		sc.then("update public.placements set version = %d, reader = %d, updated_at = pg_catalog.now() where number = %d", w.target, w.m.Reader(w.target), w.t.Number)
-		tell(sc, w.t.Number, w.target)
+		w.tell(sc, w.target)
 	})
 	if err != nil {
 		return nil, err

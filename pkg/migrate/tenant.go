@@ -32,6 +32,9 @@ type TenantOptions struct {
 	Throttle         time.Duration // pause between the batches of a data migration
 	// Keeper keeps what the steps are about to change; nil: nothing is kept. A rehearsal keeps nothing.
 	Keeper Keeper
+	// Untold leaves out the notice to servers that the tenant's version has changed: whoever migrates many gives it by
+	// Tell. Commits that carry a notice wait for each other, with their flush to disk.
+	Untold bool
 	// Progress is called after each step, statement and batch that is more than part of a transaction, by the
 	// goroutine that called Tenant; may be nil.
 	Progress func(Progress)
@@ -372,7 +375,7 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 		}
 	}
 	err = w.o.Keeper.Around(ctx, tx, func() error {
-		return w.run(ctx, tx, st.xid, steps, func(sc *script) { w.m.recordUp(sc, w.t.Number, files[:n], sinceBegin) })
+		return w.run(ctx, tx, st.xid, steps, func(sc *script) { w.recordUp(sc, files[:n], sinceBegin) })
 	})
 	if err != nil {
 		return nil, nil, err
@@ -438,7 +441,8 @@ const sinceBegin = "pg_catalog.now()"
 
 // recordUp adds the ledger rows of steps, what is to follow of those beside others, and the tenant's new place. All
 // values are numbers, checksums, and names that have none but a-z, 0-9 and _.
-func (m *Migrator) recordUp(sc *script, number int32, files []File, since string) {
+func (w *work) recordUp(sc *script, files []File, since string) {
+	number, m := w.t.Number, w.m
 	var rows strings.Builder
 	for i, f := range files {
 		if i > 0 {
@@ -456,12 +460,22 @@ func (m *Migrator) recordUp(sc *script, number int32, files []File, since string
 	}
 	version := files[len(files)-1].Version
 	sc.then("update public.placements set version = %d, reader = greatest(reader, %d), updated_at = pg_catalog.now() where number = %d", version, m.Reader(version), number)
-	tell(sc, number, version)
+	w.tell(sc, version)
+}
+
+// Tell says to the servers that versions of tenants of a group have changed: they look which ones they serve.
+func (m *Migrator) Tell(ctx context.Context, group string) error {
+	return m.db.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		_, err := tx.Exec(ctx, `select pg_catalog.pg_notify('oneo_versions', '')`)
+		return err
+	})
 }
 
 // tell adds the notice that a tenant's version has changed: servers refuse what they do not know.
-func tell(sc *script, number int32, version int) {
-	sc.then("select pg_catalog.pg_notify('oneo_versions', '%d %d')", number, version)
+func (w *work) tell(sc *script, version int) {
+	if !w.o.Untold {
+		sc.then("select pg_catalog.pg_notify('oneo_versions', '%d %d')", w.t.Number, version)
+	}
 }
 
 // funcFailed says which migration in Go failed. A fault of its own, and what may pass, keep what they say.

@@ -127,7 +127,7 @@ func (w *crew) noteFailure() {
 
 func (w *crew) run(ctx context.Context) (Run, error) {
 	w.bound.Store(math.MaxInt64)
-	w.tasks, w.ended = make(chan Task, w.jobs), make(chan ended, 2*w.jobs)
+	w.tasks, w.ended = make(chan Task, ahead*w.jobs), make(chan ended, 2*ahead*w.jobs)
 	// Finishing a tenant is what leaves it whole; interrupting it would only leave more to do again.
 	working := context.WithoutCancel(ctx)
 	var workers sync.WaitGroup
@@ -177,6 +177,22 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 	return run, err
 }
 
+const (
+	// ahead is how many tasks are given out to each worker before it has ended one: it does not stand still while the
+	// run's rows are written.
+	ahead = 4
+	// together is about how many of a worker's tasks are written at one time; twice as many are claimed.
+	together = 12
+	// written is after how long what was done is written in any case: others want to see it.
+	written = 500 * time.Millisecond
+)
+
+// due reports whether it is time to write and to claim, although there are tasks left to give out.
+func (w *crew) due(beat time.Duration) bool {
+	since := time.Since(w.last.at)
+	return len(w.done) >= together*w.jobs || len(w.done) > 0 && since > written || since >= beat
+}
+
 // lastWords is for how long what was done is tried to be written.
 func (o WorkOptions) lastWords() time.Duration { return 10 * time.Second }
 
@@ -215,7 +231,7 @@ func (w *crew) dispatch(ctx context.Context) (Run, error) {
 			}
 		case e := <-w.ended:
 			w.take(e)
-			if len(w.queue) > 0 && len(w.done) < 4*w.jobs {
+			if len(w.queue) > 0 && !w.due(beat) {
 				continue
 			}
 			for range len(w.ended) { // what else has ended goes along
@@ -223,7 +239,7 @@ func (w *crew) dispatch(ctx context.Context) (Run, error) {
 			}
 		case <-timer.C:
 		}
-		if len(w.queue) > 0 && len(w.done) < 4*w.jobs && time.Since(w.last.at) < beat && !w.stopping.Load() {
+		if len(w.queue) > 0 && !w.due(beat) && !w.stopping.Load() {
 			timer.Reset(min(beat, 100*time.Millisecond))
 			continue
 		}
@@ -232,7 +248,7 @@ func (w *crew) dispatch(ctx context.Context) (Run, error) {
 			timer.Reset(w.last.idle - time.Since(w.last.at))
 			continue
 		}
-		want := 6*w.jobs - len(w.queue) - w.inHand
+		want := 2*together*w.jobs - len(w.queue) - w.inHand
 		if why != "" || w.stopping.Load() {
 			want = 0
 		}
