@@ -25,7 +25,7 @@ dev: ## run everything on this machine, with demo data; ARGS="--addr :9000" goes
 
 test: ## run the tests, on PostgreSQL and Redis servers that they start themselves
 	@./scripts/setup.sh --ci
-	go test -race -tags $(TAGS) -timeout 14m ./...
+	go test -race -tags $(TAGS) -timeout 18m ./...
 
 check: lint build test ## lint, build and test
 
@@ -52,7 +52,7 @@ golden: ## rewrite the golden files
 
 cover: ## show the coverage by package
 	@./scripts/setup.sh --ci
-	go test -tags $(TAGS) -timeout 14m -coverprofile=cover.out -coverpkg=./pkg/...,./cmd/... ./...
+	go test -tags $(TAGS) -timeout 18m -coverprofile=cover.out -coverpkg=./pkg/...,./cmd/... ./...
 	@# A statement is in the profile once for each test binary: it is covered when one of them ran it.
 	@awk 'NR > 1 { of[$$1] = $$2; if ($$3 > 0) ran[$$1] = 1 } \
 	  END { for (b in of) { d = b; sub(/\/[^\/]*$$/, "", d); all[d] += of[b]; every += of[b]; if (b in ran) { hit[d] += of[b]; hits += of[b] } } \
