@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -47,10 +48,13 @@ func (b *buffer) String() string {
 // twoPorts finds a free port whose next one is free too: dev serves on the first, and health on the second.
 func twoPorts(t *testing.T) string {
 	t.Helper()
-	for range 100 {
-		a, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		n := a.Addr().(*net.TCPAddr).Port
+	// Below those that the system gives out by itself: the servers of other tests take them between now and the use.
+	for range 200 {
+		n := 20000 + 2*rand.IntN(5000)
+		a, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", n))
+		if err != nil {
+			continue
+		}
 		b, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", n+1))
 		require.NoError(t, a.Close())
 		if err == nil {

@@ -36,8 +36,10 @@ type product struct {
 // public.executions: that is the truth about how often it ran.
 func newProduct(t *testing.T, n int) *product {
 	t.Helper()
+	_, err := plainOneo()
+	require.NoError(t, err)
 	p := &product{t: t, env: pgtest.New(t), dir: t.TempDir(), head: 2, n: n}
-	p.extra = []string{"ONEO_SCHEMAS_DIR=" + p.dir, "ONEO_MIGRATE_STALE_AFTER=500ms"}
+	p.extra = []string{plain, "ONEO_SCHEMAS_DIR=" + p.dir, "ONEO_MIGRATE_STALE_AFTER=500ms"}
 	files, err := fs.Sub(schemas.Files, "tenant")
 	require.NoError(t, err)
 	require.NoError(t, os.CopyFS(p.dir, files))

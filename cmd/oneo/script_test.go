@@ -28,6 +28,7 @@ func TestMain(m *testing.M) {
 			return strings.HasPrefix(kv, "ONEO_TEST_BE_ONEO")
 		}), os.Stdin, os.Stdout, os.Stderr))
 	}
+	defer func() { _ = os.Remove(plainPath()) }() // where there is one
 	pgtest.Main(m)
 }
 
