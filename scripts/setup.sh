@@ -56,7 +56,8 @@ placed=()
 cleanup() {
   local file
   for file in ${placed[@]+"${placed[@]}"}; do as_root rm -f "$file"; done
-  # Only when the installation failed: otherwise it is the package's folder, and holds more than ours.
+  # Only when the installation failed: otherwise it is the package's folder, and holds more than ours. A folder that
+  # stays is empty and harms nobody; how the installation ended must stay the script's own end.
   if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
     as_root rmdir -p --ignore-fail-on-non-empty "$(dirname "$cluster")" 2>/dev/null || true
   fi
@@ -79,19 +80,22 @@ install() {
 echo "setup: installing ${missing[*]}" >&2
 if ! install; then
   # A fresh machine has no list of packages, or an old one.
-  as_root apt-get update -qq >/dev/null 2>&1 || true
+  # Where it can be refreshed in part only, the packages may be there all the same; its words are told if they are not.
+  updated=$(as_root apt-get update -qq 2>&1) || updated="apt-get update failed: $updated"
   if ! install; then
     tail -n 20 "$log" >&2
+    if [ -n "$updated" ]; then tail -n 20 <<<"$updated" >&2; fi
     echo "setup: apt-get could not install what is missing: ${missing[*]}" >&2
     exit 1
   fi
 fi
 
 # Nor are they started when the machine starts.
-if command -v systemctl >/dev/null; then
+if [ -d /run/systemd/system ] && command -v systemctl >/dev/null; then
   for service in redis-server pgbouncer; do
     case " ${missing[*]} " in
-      *" $service "*) as_root systemctl disable --quiet "$service" >/dev/null 2>&1 || true ;;
+      *" $service "*) as_root systemctl disable --quiet "$service" ||
+        echo "setup: $service starts with the machine: systemctl disable $service stops that" >&2 ;;
     esac
   done
 fi
