@@ -100,7 +100,8 @@ func TestNewOverwritesNothing(t *testing.T) {
 func TestLintAsksTheFleet(t *testing.T) {
 	t.Parallel()
 	c := newCommand(t)
-	dir := folder(t, map[string]string{"0001_records.up.sql": `create table records (id integer primary key, n integer, text text);
+	// Only this test counts the rows: autovacuum would analyze the table of the tenant that is never analyzed.
+	dir := folder(t, map[string]string{"0001_records.up.sql": `create table records (id integer primary key, n integer, text text) with (autovacuum_enabled = off);
 insert into records (id, n, text) select i, i, repeat('x', 1000) from generate_series(1, 100) as i;
 create view all_records as select * from (select id from records) as r;
 `})
