@@ -29,10 +29,8 @@ import (
 const kindEach = rollout.Prefix + "each"
 
 type eachOptions struct {
-	dryRun   bool
-	grace    time.Duration
-	selector selector
-	fleetOptions
+	grace time.Duration
+	askOptions
 }
 
 func newEachCmd(e *env) *cobra.Command {
@@ -59,11 +57,9 @@ ended; one that was broken off runs again: each one runs at least once.`,
 		Args: usageArgs(cobra.MinimumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error { return runEach(cmd.Context(), e, o, args) },
 	}
-	o.selector.bind(cmd, e)
-	o.fleetOptions.bind(cmd)
+	o.bind(cmd, e, "show for which tenants the program would run, and run none")
 	f := cmd.Flags()
 	f.SetInterspersed(false) // behind the program's name its own flags begin
-	f.BoolVar(&o.dryRun, "dry-run", false, "show for which tenants the program would run, and run none")
 	f.DurationVar(&o.grace, "grace", 5*time.Second, "wait so long between SIGINT, SIGTERM and SIGKILL")
 	return cmd
 }
@@ -85,41 +81,24 @@ func runEach(ctx context.Context, e *env, o eachOptions, command []string) error
 	if o.grace <= 0 {
 		return errUsage{fault.New(fault.Invalid, "--grace must be above 0")}
 	}
-	if _, err := o.selector.filter(); err != nil {
-		return err
-	}
 	dir, err := os.Getwd()
 	if err != nil {
 		return fmt.Errorf("find the working folder: %w", err)
 	}
-	if _, err := e.program(command[0], dir); err != nil {
+	var none *merged
+	if e.output != "table" {
+		none = newMerged(e, eachColumns, 0)
+	}
+	a, ts, err := o.begin(ctx, e, spec, none, func() error {
+		_, err := e.program(command[0], dir)
 		return err
-	}
-	a, err := e.open()
-	if err != nil {
+	})
+	if err != nil || len(ts) == 0 {
 		return err
-	}
-	ts, err := o.selector.tenants(ctx, a)
-	if err != nil {
-		return err
-	}
-	if o.dryRun {
-		return showAsked(e, spec, ts)
-	}
-	if len(ts) == 0 {
-		e.say("no tenant is selected: nothing was done")
-		if e.output == "table" {
-			return nil
-		}
-		return newMerged(e, eachColumns, 0).end()
 	}
 	spec.Request = eachRequest{Command: command, Dir: dir, Timeout: o.timeout, Grace: o.grace, selected: o.selector.request()}
 	spec.Items = itemsOf(ts)
-	run, _, err := a.Rollout.Plan(ctx, spec)
-	if err != nil {
-		return err
-	}
-	return workOn(ctx, e, a, run, o.workOptions, nil)
+	return planAndWork(ctx, e, a, spec, o.workOptions, nil)
 }
 
 // program finds a program by its name, as the environment's PATH says, or by its path from a folder.

@@ -38,11 +38,9 @@ type sqlOptions struct {
 	file     string
 	write    bool
 	rehearse bool
-	dryRun   bool
 	limit    int
 	maxRows  int
-	selector selector
-	fleetOptions
+	askOptions
 }
 
 func newSQLCmd(e *env) *cobra.Command {
@@ -75,13 +73,11 @@ and an empty string is "". Times are in UTC.`,
 			return runSQL(cmd.Context(), e, o, statement)
 		},
 	}
-	o.selector.bind(cmd, e)
-	o.fleetOptions.bind(cmd)
+	o.bind(cmd, e, "show which tenants would be asked, and ask none")
 	f := cmd.Flags()
 	f.StringVarP(&o.file, "file", "f", "", "read the statement from `FILE`")
 	f.BoolVar(&o.write, "write", false, "change rows")
 	f.BoolVar(&o.rehearse, "rehearse", false, "change rows, count them and roll back")
-	f.BoolVar(&o.dryRun, "dry-run", false, "show which tenants would be asked, and ask none")
 	f.IntVar(&o.limit, "limit", 1000, "show so many rows of each tenant; 0: all")
 	f.IntVar(&o.maxRows, "max-rows", 100_000, "show so many rows in all; 0: all")
 	timeout := f.Lookup("timeout")
@@ -142,20 +138,6 @@ type sqlColumn struct {
 
 func (c sqlColumn) String() string { return c.Name + " " + c.Type }
 
-// selected is a selector in a request.
-type selected struct {
-	All     bool     `json:"all_tenants,omitempty"`
-	Tenants []string `json:"tenants,omitempty"`
-	Exclude []string `json:"exclude,omitempty"`
-	States  []string `json:"states,omitempty"`
-	Group   string   `json:"group,omitempty"`
-	Behind  bool     `json:"behind,omitempty"`
-}
-
-func (s *selector) request() selected {
-	return selected{All: s.all, Tenants: s.names, Exclude: s.exclude, States: s.states, Group: s.group, Behind: s.behind}
-}
-
 func runSQL(ctx context.Context, e *env, o sqlOptions, statement string) error {
 	mode := sqlRead
 	switch {
@@ -173,26 +155,9 @@ func runSQL(ctx context.Context, e *env, o sqlOptions, statement string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := o.selector.filter(); err != nil {
+	a, ts, err := o.begin(ctx, e, spec, newMerged(e, []string{}, 0), func() error { return postgres.CheckStatement(statement) })
+	if err != nil || len(ts) == 0 {
 		return err
-	}
-	if err := postgres.CheckStatement(statement); err != nil {
-		return err
-	}
-	a, err := e.open()
-	if err != nil {
-		return err
-	}
-	ts, err := o.selector.tenants(ctx, a)
-	if err != nil {
-		return err
-	}
-	if o.dryRun {
-		return showAsked(e, spec, ts)
-	}
-	if len(ts) == 0 {
-		e.say("no tenant is selected: nothing was done")
-		return newMerged(e, []string{}, 0).end()
 	}
 	request := sqlRequest{Statement: statement, Mode: mode, Limit: o.limit, MaxRows: o.maxRows, Timeout: o.timeout, selected: o.selector.request()}
 	columns, err := probe(ctx, a, ts, statement, o.timeout)
@@ -209,47 +174,7 @@ func runSQL(ctx context.Context, e *env, o sqlOptions, statement string) error {
 	}
 	spec.Request = request
 	spec.Items = itemsOf(ts)
-	run, joined, err := a.Rollout.Plan(ctx, spec)
-	if err != nil {
-		return err
-	}
-	if joined {
-		e.say("going on with the run %s, begun by %s at %s", run.ID, run.Actor, run.CreatedAt.UTC().Format(time.RFC3339))
-	}
-	return workOn(ctx, e, a, run, o.workOptions, nil)
-}
-
-func itemsOf(ts []tenant.Tenant) []rollout.Item {
-	items := make([]rollout.Item, len(ts))
-	for i, t := range ts {
-		items[i].Tenant = t
-	}
-	return items
-}
-
-// asked is one tenant's line of a plan that is no migration.
-type asked struct {
-	tenant.Tenant
-	wave int
-}
-
-var askedColumns = []column[asked]{
-	{"TENANT", "tenant", func(a asked) any { return a.Slug.String() }},
-	{"WAVE", "wave", func(a asked) any { return a.wave + 1 }},
-	{"STATE", "state", func(a asked) any { return string(a.State) }},
-	{"GROUP", "group", func(a asked) any { return a.Group }},
-}
-
-// showAsked shows whom a run would ask.
-func showAsked(e *env, spec rollout.Spec, ts []tenant.Tenant) error {
-	spec.Items = itemsOf(ts)
-	rows := make([]asked, len(ts))
-	for i, wave := range spec.Waves() {
-		rows[i] = asked{ts[i], wave}
-	}
-	slices.SortStableFunc(rows, func(a, b asked) int { return a.wave - b.wave })
-	e.say("%d tenant(s); nothing was done", len(rows))
-	return show(e, rows, askedColumns)
+	return planAndWork(ctx, e, a, spec, o.workOptions, nil)
 }
 
 // probes is how many tenants a statement is tried at before any is asked.
