@@ -504,7 +504,7 @@ func migrateStatus(ctx context.Context, e *env, check bool) error {
 	var rows []statusRow
 	if pending != nil {
 		e.say("%s", fault.Of(pending).Message)
-	} else if rows, pending, err = fleetStatus(ctx, a); err != nil {
+	} else if rows, pending, err = fleetStatus(ctx, e, a); err != nil {
 		return err
 	}
 	if err := show(e, rows, statusColumns); err != nil {
@@ -520,7 +520,8 @@ func migrateStatus(ctx context.Context, e *env, check bool) error {
 }
 
 // fleetStatus groups the fleet, and says what is pending, if anything is.
-func fleetStatus(ctx context.Context, a *app.App) (rows []statusRow, pending, err error) {
+func fleetStatus(ctx context.Context, e *env, a *app.App) (rows []statusRow, pending, err error) {
+	concludeRuns(ctx, e, a)
 	st, err := a.Migrate.Status(ctx)
 	if err != nil {
 		return nil, nil, err

@@ -324,7 +324,11 @@ func taskTenant(t rollout.Task) (tenant.Tenant, error) {
 func newRunCmd(e *env) *cobra.Command {
 	return noun("run", "See and steer durable runs",
 		`A run over many tenants is stored: it can be paused, resumed by any process on any machine, retried and
-aborted. RUN is a run's id, the end of it, or "last".`,
+aborted. RUN is a run's id, the end of it, or "last".
+
+A run whose last process died before it could write that all was done is ended by whatever looks at runs
+next: list, show, ` + "`oneo migrate status`" + ` or another run. One of statements, programs or steps down stays
+open until it is resumed, so that the same command goes on with it and does nothing twice.`,
 		"  oneo migrate run list\n  oneo migrate run show last\n  oneo migrate run resume last",
 		newRunListCmd(e), newRunShowCmd(e),
 		runVerb(e, "pause", "Begin no more tenants of a run", "What is in hand is finished; who works on the run stops. `oneo migrate run resume` goes on.",
@@ -367,6 +371,7 @@ func newRunListCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			concludeRuns(cmd.Context(), e, a)
 			runs, err := a.Rollout.List(cmd.Context(), limit, open)
 			if err != nil {
 				return err
@@ -391,6 +396,7 @@ func newRunShowCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			concludeRuns(cmd.Context(), e, a)
 			run, err := a.Rollout.Find(cmd.Context(), args[0])
 			if err != nil {
 				return err

@@ -337,3 +337,61 @@ func TestRunThroughPgBouncer(t *testing.T) {
 	_, stderr, code = p.run(nil, "migrate", "status", "--check")
 	require.Zero(t, code, stderr)
 }
+
+// A run of which all is done, and whose process died before it could write so, is ended by who looks next. Where the
+// same command would do it once more, it stays open until that command, or resume, has gone on with it.
+func TestRunWhoseLastWordWasLostIsConcluded(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 3)
+	p.writable()
+	last := func() (state string) {
+		require.NoError(t, p.admin.QueryRow(t.Context(), `select state from public.operations where kind like 'run.%' order by id desc limit 1`).Scan(&state))
+		return state
+	}
+	// Three tenants, one after another, and none of them written before the process dies with the last.
+	dies := func(point string, args ...string) {
+		t.Helper()
+		_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=" + point + "=exit@3"}, append(args, "--jobs", "1", "--progress", "none")...)
+		require.Equal(t, 137, code, stderr)
+		require.Equal(t, "running", last())
+		p.exec(`update public.operations set heartbeat = now() - interval '1 hour'; update public.tasks set heartbeat = now() - interval '1 hour'`)
+	}
+	for _, look := range [][]string{{"migrate", "run", "list", "--open"}, {"migrate", "run", "show", "last"}, {"migrate", "status", "--check"}, {"sql", "-t", "t000", "select 1"}} {
+		version := p.next("")
+		dies("run.worked", "migrate", "--all-tenants")
+		p.executedOnce(version)
+		_, stderr, code := p.run(nil, look...)
+		require.Zero(t, code, stderr)
+		require.Contains(t, stderr, "had nothing left to do", look)
+		var state string
+		require.NoError(t, p.admin.QueryRow(t.Context(), `select state from public.operations where kind = 'run.migrate' order by id desc limit 1`).Scan(&state))
+		require.Equal(t, "done", state, look)
+	}
+	dies("run.worked", "migrate", "down", "--to", "2", "--all-tenants", "--yes")
+	_, _, code := p.run(nil, "migrate", "run", "list")
+	require.Zero(t, code)
+	require.Equal(t, "done", last())
+
+	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	require.Zero(t, code, stderr)
+	dies("run.worked", "migrate", "down", "--steps", "1", "--all-tenants", "--yes")
+	_, _, code = p.run(nil, "migrate", "run", "list")
+	require.Zero(t, code)
+	require.Equal(t, "running", last())
+	_, stderr, code = p.run(nil, "migrate", "down", "--steps", "1", "--all-tenants", "--yes", "--progress", "none")
+	require.Zero(t, code, stderr)
+	require.Contains(t, stderr, "going on with the run")
+	var down int
+	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.placements where version = $1`, p.head-1).Scan(&down))
+	require.Equal(t, 3, down, "one step down, and not two")
+
+	write := []string{"sql", "--all-tenants", "--write", "--yes", change(70)}
+	dies("sql.committed", write...)
+	_, _, code = p.run(nil, "migrate", "run", "show", "last")
+	require.Zero(t, code)
+	require.Equal(t, "running", last())
+	_, stderr, code = p.run(nil, append(write, "--progress", "none")...)
+	require.Zero(t, code, stderr)
+	p.changedOnce(70)
+	require.Equal(t, "done", last())
+}
