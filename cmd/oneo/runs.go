@@ -327,7 +327,7 @@ func newRunCmd(e *env) *cobra.Command {
 aborted. RUN is a run's id, the end of it, or "last".
 
 A run whose last process died before it could write that all was done is ended by whatever looks at runs
-next: list, show, ` + "`oneo migrate status`" + ` or another run. One of statements, programs or steps down stays
+next: list, show, `+"`oneo migrate status`"+` or another run. One of statements, programs or steps down stays
 open until it is resumed, so that the same command goes on with it and does nothing twice.`,
 		"  oneo migrate run list\n  oneo migrate run show last\n  oneo migrate run resume last",
 		newRunListCmd(e), newRunShowCmd(e),

@@ -17,7 +17,10 @@ type Bounds struct {
 }
 
 // Brake looks at the groups' databases once a second and says whether to hold back.
-type Brake struct{ held atomic.Pointer[string] }
+type Brake struct {
+	held atomic.Pointer[string]
+	told map[string]bool // what it could not see, and has logged
+}
 
 // Hold says why nothing is to be begun at the moment; empty: go on.
 func (b *Brake) Hold() string {
@@ -28,8 +31,9 @@ func (b *Brake) Hold() string {
 }
 
 // Brake begins to look, until ctx ends. A database that does not answer holds nothing back: the work itself meets it.
+// What cannot be looked at is logged, once for each group and bound.
 func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Brake {
-	b := &Brake{}
+	b := &Brake{told: map[string]bool{}}
 	if bounds == (Bounds{}) {
 		return b
 	}
@@ -39,8 +43,7 @@ func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Bra
 		for {
 			why := ""
 			for _, group := range groups {
-				if s, err := r.strained(ctx, group, bounds); err == nil && s != "" {
-					why = s
+				if why = b.look(ctx, r, group, bounds); why != "" {
 					break
 				}
 			}
@@ -55,25 +58,77 @@ func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Bra
 	return b
 }
 
-// strained says which bound a group's database has passed.
-func (r *Runner) strained(ctx context.Context, group string, bounds Bounds) (why string, err error) {
-	const look = `select
-	(select count(distinct l.pid) from pg_catalog.pg_locks l join pg_catalog.pg_stat_activity a on a.pid = l.pid
-		where not l.granted and a.datname = current_database() and a.usename <> current_user),
-	coalesce((select extract(epoch from max(replay_lag)) from pg_catalog.pg_stat_replication), 0)::float8,
-	(select coalesce(sum(numbackends), 0)::int from pg_catalog.pg_stat_database) * 100 / current_setting('max_connections')::int`
-	var waits, used int
-	var lag float64
-	err = r.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error { return tx.QueryRow(ctx, look).Scan(&waits, &lag, &used) })
-	behind := time.Duration(lag * float64(time.Second))
-	switch {
-	case err != nil:
-	case bounds.LockWaits > 0 && waits > bounds.LockWaits:
-		why = fmt.Sprintf("%d sessions wait for locks in group %s", waits, group)
-	case bounds.ReplicaLag > 0 && behind > bounds.ReplicaLag:
-		why = fmt.Sprintf("a standby of group %s is %s behind", group, behind.Round(100*time.Millisecond))
-	case bounds.Connections > 0 && used > bounds.Connections:
-		why = fmt.Sprintf("%d %% of the connections of group %s are in use", used, group)
+// strain is one bound, and the question whether a group's database has passed it.
+type strain struct {
+	setting string
+	on      func(Bounds) bool
+	ask     func(ctx context.Context, tx *postgres.OwnerTx, group string, bounds Bounds) (why string, err error)
+}
+
+// errUnseen says that PostgreSQL hides what is asked for.
+type errUnseen string
+
+func (e errUnseen) Error() string { return string(e) }
+
+var strains = []strain{
+	{"migrate.max_lock_waits", func(b Bounds) bool { return b.LockWaits > 0 }, lockWaits},
+	{"migrate.max_replica_lag", func(b Bounds) bool { return b.ReplicaLag > 0 }, replicaLag},
+	{"migrate.max_connections", func(b Bounds) bool { return b.Connections > 0 }, connections},
+}
+
+// look says which bound a group's database has passed. Each is asked for by itself: one that cannot be seen does not
+// hide the others.
+func (b *Brake) look(ctx context.Context, r *Runner, group string, bounds Bounds) string {
+	held := ""
+	for _, s := range strains {
+		if held != "" || !s.on(bounds) {
+			continue
+		}
+		err := r.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) (err error) {
+			held, err = s.ask(ctx, tx, group, bounds)
+			return err
+		})
+		if key := group + " " + s.setting; err != nil && ctx.Err() == nil && !b.told[key] {
+			b.told[key] = true
+			r.o.Logger.WarnContext(ctx, "a run cannot see whether to hold back, and goes on without this bound",
+				"bound", s.setting, "group", group, "error", err)
+		}
 	}
-	return why, err
+	return held
+}
+
+func lockWaits(ctx context.Context, tx *postgres.OwnerTx, group string, bounds Bounds) (string, error) {
+	const waiting = `select count(distinct l.pid) from pg_catalog.pg_locks l join pg_catalog.pg_stat_activity a on a.pid = l.pid
+where not l.granted and a.datname = current_database() and a.usename <> current_user`
+	var n int
+	if err := tx.QueryRow(ctx, waiting).Scan(&n); err != nil || n <= bounds.LockWaits {
+		return "", err
+	}
+	return fmt.Sprintf("%d sessions wait for locks in group %s", n, group), nil
+}
+
+func replicaLag(ctx context.Context, tx *postgres.OwnerTx, group string, bounds Bounds) (string, error) {
+	// Of a standby that it may not look at PostgreSQL shows the row, and nulls.
+	const lag = `select coalesce(extract(epoch from max(replay_lag)), 0)::float8, count(*) filter (where state is null) from pg_catalog.pg_stat_replication`
+	var seconds float64
+	var hidden int
+	if err := tx.QueryRow(ctx, lag).Scan(&seconds, &hidden); err != nil {
+		return "", err
+	}
+	if behind := time.Duration(seconds * float64(time.Second)); behind > bounds.ReplicaLag {
+		return fmt.Sprintf("a standby of group %s is %s behind", group, behind.Round(100*time.Millisecond)), nil
+	}
+	if hidden > 0 {
+		return "", errUnseen(fmt.Sprintf("PostgreSQL does not show how far %d standby(s) are behind: grant pg_monitor to the owner's role", hidden))
+	}
+	return "", nil
+}
+
+func connections(ctx context.Context, tx *postgres.OwnerTx, group string, bounds Bounds) (string, error) {
+	const share = `select (select coalesce(sum(numbackends), 0)::int from pg_catalog.pg_stat_database) * 100 / current_setting('max_connections')::int`
+	var used int
+	if err := tx.QueryRow(ctx, share).Scan(&used); err != nil || used <= bounds.Connections {
+		return "", err
+	}
+	return fmt.Sprintf("%d %% of the connections of group %s are in use", used, group), nil
 }
