@@ -15,11 +15,14 @@ import (
 	"github.com/oneo-crm/oneo/pkg/rollout"
 )
 
-// progress tells how far a run is, on stderr: one line that is drawn again on a terminal, a JSON line for each piece of
-// news otherwise.
+// progress tells how far a run is, on stderr: one line that is drawn again on a terminal, JSON lines otherwise. Where
+// nobody asked for each tenant's, there are few of them, and none about a run that ends within briefFrom: its report, or
+// its result, says the same.
 type progress struct {
 	e       *env
 	mode    string // draw, json or none
+	brief   bool   // of json: how far the run is, and what goes wrong, and no more
+	waiting []map[string]any
 	began   time.Time
 	before  int // tasks that had ended when this process began
 	counts  rollout.Counts
@@ -40,7 +43,7 @@ func newProgress(e *env, mode string, run rollout.Run) (*progress, error) {
 	p := &progress{e: e, began: time.Now(), run: run, counts: run.Counts, before: run.Tasks() - run.Left(), width: 80}
 	switch mode {
 	case "auto":
-		p.mode = "json"
+		p.mode, p.brief = "json", true
 		if f, ok := e.err.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 			p.mode = "draw"
 			if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 20 {
@@ -101,6 +104,11 @@ func (p *progress) took(tenant string, d time.Duration) {
 func (p *progress) news(object map[string]any, format string, args ...any) {
 	switch p.mode {
 	case "json":
+		if p.early() {
+			p.waiting = append(p.waiting, object)
+			return
+		}
+		p.flush()
 		p.line(object)
 	case "draw":
 		fmt.Fprintf(p.e.err, "\r\x1b[K"+format+"\n", args...)
@@ -110,9 +118,20 @@ func (p *progress) news(object map[string]any, format string, args ...any) {
 
 // quiet is worth a line for machines only.
 func (p *progress) quiet(object map[string]any) {
-	if p.mode == "json" {
+	if p.mode == "json" && !p.brief {
 		p.line(object)
 	}
+}
+
+// early reports whether the run may still end before anybody needs to hear of it.
+func (p *progress) early() bool { return p.brief && time.Since(p.began) < briefFrom }
+
+// flush writes the news of the beginning.
+func (p *progress) flush() {
+	for _, object := range p.waiting {
+		p.line(object)
+	}
+	p.waiting = nil
 }
 
 // say tells the story in the form of the progress, so that who reads JSON lines reads nothing else.
@@ -133,7 +152,8 @@ func (p *progress) line(object map[string]any) {
 
 const (
 	drawEvery = 100 * time.Millisecond
-	tellEvery = 2 * time.Second
+	tellEvery = time.Second
+	briefFrom = 2 * time.Second
 )
 
 // draw shows how far the run is, now and then.
@@ -145,9 +165,13 @@ func (p *progress) draw(now bool) {
 	if p.mode == "none" || !now && time.Since(p.drawn) < every {
 		return
 	}
+	if p.mode == "json" && p.early() {
+		return
+	}
 	p.drawn = time.Now()
 	done, left, rate := p.rate()
 	if p.mode == "json" {
+		p.flush()
 		p.line(map[string]any{"event": "progress", "done": done, "failed": p.counts.Failed, "left": left, "wave": p.run.Wave + 1, "waves": p.run.Waves,
 			"per_second": float64(int(rate*10)) / 10, "left_ms": p.remaining(left, rate).Milliseconds()})
 		return

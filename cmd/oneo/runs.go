@@ -58,7 +58,7 @@ type workOptions struct {
 
 func (o *workOptions) bind(cmd *cobra.Command) {
 	cmd.Flags().IntVar(&o.jobs, "jobs", min(8, 2*runtime.NumCPU()), "tenants at one time; at most database.owner_conns less one")
-	cmd.Flags().StringVar(&o.progress, "progress", "auto", "auto, json or none: how the run is told on stderr")
+	cmd.Flags().StringVar(&o.progress, "progress", "auto", "auto, json or none: how the run is told on stderr; json has a line for each tenant, auto without a terminal few, and none for 2 s")
 }
 
 func (o *workOptions) check() error {

@@ -106,7 +106,7 @@ func TestUndoSetsABusyTenantAside(t *testing.T) {
 	logs, out := &buffer{}, &buffer{}
 	cmd.Stderr, cmd.Stdout = logs, out
 	require.NoError(t, cmd.Start())
-	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, 20*time.Second, 10*time.Millisecond, "the tenant is set aside")
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, time.Minute, 10*time.Millisecond, "the tenant is set aside")
 	_, err = writer.Exec(t.Context(), `commit`)
 	require.NoError(t, err)
 	require.NoError(t, cmd.Wait(), logs.String())
