@@ -44,8 +44,8 @@ had then; all others keep today's. What was written to the former since is lost 
 lies aside until the undo point expires (migrate.undo_keep): how many rows that are is told, and it
 asks before. When one of the tenants cannot be taken back, nothing is done and it says why.
 
-While a tenant's rows are copied its users are answered 503 with Retry-After. RUN is a run's id, the
-end of it, or "last".`,
+While what was put back is joined to the tenant's other tables, a second or two for a million rows,
+its users are answered 503 with Retry-After. RUN is a run's id, the end of it, or "last".`,
 		Example: "  oneo undo last\n  oneo undo 018f3c2e-7a10-7c44-9d5e-0a1b2c3d4e5f -t acme --dry-run",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE:    func(cmd *cobra.Command, args []string) error { return runUndo(cmd.Context(), e, args[0], o) },

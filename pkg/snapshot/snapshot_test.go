@@ -37,6 +37,7 @@ create table parts (id integer not null, kind text not null, primary key (id, ki
 create table parts_a partition of parts for values in ('a');
 create table parts_rest partition of parts default;
 create sequence tickets start 100;
+create table plain (id serial primary key);
 create table seeded (key text primary key);
 insert into seeded values ('by the migration');
 create view thick as select id, title from books where pages > 300;
@@ -523,6 +524,43 @@ func TestLossIsTold(t *testing.T) {
 	loss, err = s.Check(t.Context(), f.t1, run)
 	require.NoError(t, err)
 	require.EqualValues(t, 2+2+1, loss.Rows, "two in books, what the trigger wrote of them in log, which the run had written to as well, and one in notes")
+}
+
+// A row that is written while the run goes on, behind the copy of its table, is lost as well: by a transaction that began
+// before the run, between two batches, and from a savepoint.
+func TestLossDuringTheRunIsTold(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	m := f.with(first, `update books set title = title || '!'`,
+		`data:update authors set name = name || '.' where name not like '%.' and id in (select id from authors where name not like '%.' order by id limit 2)`,
+		`update authors set name = name || '!' where id = 1; create table notes (id int); insert into notes values (1)`)
+	s := f.snapshots(m)
+	early := pgtest.Admin(t, f.AdminURL)
+	_, err := early.PgConn().Exec(t.Context(), `set search_path to acme; begin; select pg_current_xact_id()`).ReadAll()
+	require.NoError(t, err)
+	late := pgtest.Admin(t, f.AdminURL)
+	run := uuid.New()
+	batches := 0
+	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(run, f.t1), Progress: func(p migrate.Progress) {
+		if batches++; batches == 1 { // authors has been copied: two rows of it are changed
+			f.in(f.t1, `insert into authors (name) values ('between two batches.')`)
+			_, err := late.PgConn().Exec(t.Context(), `begin; savepoint a; insert into acme.authors (name) values ('from a savepoint.')`).ReadAll()
+			require.NoError(t, err)
+			_, err = late.PgConn().Exec(t.Context(), `release savepoint a; commit`).ReadAll()
+			require.NoError(t, err)
+		}
+	}})
+	require.NoError(t, err)
+	require.Greater(t, batches, 1)
+	_, err = early.PgConn().Exec(t.Context(), `insert into acme.books (author, title) values (1, 'begun before the run'); commit`).ReadAll()
+	require.NoError(t, err)
+	loss, err := s.Check(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	require.EqualValues(t, 2+1+1, loss.Rows, "two authors, the book, and what its trigger wrote to log")
+	f.in(f.t1, `update notes set id = 2`)
+	loss, err = s.Check(t.Context(), f.t1, run)
+	require.NoError(t, err)
+	require.EqualValues(t, 5, loss.Rows)
 }
 
 // The copies and what was taken out are the owner's alone, and end with the tenant.

@@ -38,7 +38,47 @@ select 'function ' || f.proname || '(' || pg_catalog.pg_get_function_identity_ar
 where f.oid in (` + inSchema + `'pg_catalog.pg_proc'::pg_catalog.regclass)
 union all
 select 'type ' || y.typname from pg_catalog.pg_type y
-where y.oid in (` + inSchema + `'pg_catalog.pg_type'::pg_catalog.regclass) and y.typtype in ('e', 'd', 'r')`
+where y.oid in (` + inSchema + `'pg_catalog.pg_type'::pg_catalog.regclass) and y.typtype in ('e', 'd', 'r')
+union all
+-- What others than the owner and the tenant may do. The right to run a function is everybody's from the beginning.
+select pg_catalog.concat_ws(' ', 'grant to', case a.grantee when 0 then 'public' else pg_catalog.pg_get_userbyid(a.grantee)::text end, 'on', g.what)
+from (
+	select nspowner as owner, nspacl as acl, 'the schema' as what from pg_catalog.pg_namespace where oid = $1::oid
+	union all
+	select c.relowner, c.relacl, case c.relkind when 'v' then 'view ' when 'm' then 'materialized view ' when 'S' then 'sequence ' when 'f' then 'foreign table ' else 'table ' end || c.relname
+	from rel join pg_catalog.pg_class c on c.oid = rel.oid
+	union all
+	select c.relowner, t.attacl, 'column ' || c.relname || '.' || t.attname
+	from rel join pg_catalog.pg_class c on c.oid = rel.oid join pg_catalog.pg_attribute t on t.attrelid = rel.oid and t.attnum > 0 and t.attacl is not null
+	union all
+	select f.proowner, f.proacl, 'function ' || f.proname || '(' || pg_catalog.pg_get_function_identity_arguments(f.oid) || ')' from pg_catalog.pg_proc f
+	where f.oid in (` + inSchema + `'pg_catalog.pg_proc'::pg_catalog.regclass)
+) g, pg_catalog.aclexplode(g.acl) a
+where a.grantee <> g.owner and not (a.grantee = 0 and g.what like 'function %')
+	and a.grantee not in (select r.oid from public.placements p join pg_catalog.pg_roles r on r.rolname = p.role where p.namespace = $1::oid)
+union all
+-- What hangs on its tables from elsewhere, and would go on with those that are put aside.
+select pg_catalog.concat_ws(' ', o.kind, pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(o.name), 'on', rel.relname)
+from rel join pg_catalog.pg_depend d on d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.refobjid = rel.oid
+join lateral (
+	select 'view' as kind, v.relname as name, v.relnamespace as namespace from pg_catalog.pg_rewrite w join pg_catalog.pg_class v on v.oid = w.ev_class
+	where d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass and w.oid = d.objid
+	union all
+	select 'foreign key of', t.relname, t.relnamespace from pg_catalog.pg_constraint k join pg_catalog.pg_class t on t.oid = k.conrelid
+	where d.classid = 'pg_catalog.pg_constraint'::pg_catalog.regclass and k.oid = d.objid
+	union all
+	select 'default of', t.relname, t.relnamespace from pg_catalog.pg_attrdef e join pg_catalog.pg_class t on t.oid = e.adrelid
+	where d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass and e.oid = d.objid
+	union all
+	select 'table', t.relname, t.relnamespace from pg_catalog.pg_class t
+	where d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and t.oid = d.objid and t.relkind <> 't'
+	union all
+	select 'function', f.proname, f.pronamespace from pg_catalog.pg_proc f
+	where d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass and f.oid = d.objid
+) o on o.namespace <> $1::oid
+join pg_catalog.pg_namespace n on n.oid = o.namespace
+union all
+select 'publication ' || p.pubname || ' of ' || relname from rel join pg_catalog.pg_publication_rel r on r.prrelid = rel.oid join pg_catalog.pg_publication p on p.oid = r.prpubid`
 
 // objects names every object of a schema.
 func objects(ctx context.Context, q postgres.Querier, namespace uint32) (map[string]bool, error) {
@@ -67,6 +107,9 @@ type table struct {
 	// gone, rows of another time fit.
 	parts   []string
 	columns []string // those that can be written
+	// typed are the types of the columns whose types lie in the schema itself. Their values go through text: neither
+	// do the copies keep hold of the types, nor are those of two schemas the same.
+	typed map[string]string
 	// generated are the others.
 	generated []string
 }
@@ -95,7 +138,9 @@ select oid, relname::text, relkind::text, relfilenode, coalesce(pg_catalog.pg_pa
 		select pg_catalog.pg_get_indexdef(x.indexrelid) from pg_catalog.pg_index x where x.indrelid = rel.oid and x.indisunique
 			and not exists (select from pg_catalog.pg_constraint k where k.conindid = x.indexrelid and k.conrelid = rel.oid)),
 	array(select a.attname::text from pg_catalog.pg_attribute a where a.attrelid = rel.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = '' order by a.attnum),
-	array(select a.attname::text from pg_catalog.pg_attribute a where a.attrelid = rel.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> '')
+	array(select a.attname::text from pg_catalog.pg_attribute a where a.attrelid = rel.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated <> ''),
+	(select coalesce(pg_catalog.jsonb_object_agg(a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)), '{}')
+		from pg_catalog.pg_attribute a join pg_catalog.pg_type y on y.oid = a.atttypid and y.typnamespace = $1::oid where a.attrelid = rel.oid and a.attnum > 0 and not a.attisdropped)
 from rel order by oid`
 
 // readTables reads the tables of a schema in the order in which they were made.
@@ -105,7 +150,7 @@ func readTables(ctx context.Context, q postgres.Querier, namespace uint32) ([]ta
 		return nil, err
 	}
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (t table, err error) {
-		return t, row.Scan(&t.oid, &t.name, &t.kind, &t.filenode, &t.root, &t.written, &t.parts, &t.columns, &t.generated)
+		return t, row.Scan(&t.oid, &t.name, &t.kind, &t.filenode, &t.root, &t.written, &t.parts, &t.columns, &t.generated, &t.typed)
 	})
 }
 

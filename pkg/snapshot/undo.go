@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -100,7 +101,7 @@ func (s *Snapshots) Check(ctx context.Context, t tenant.Tenant, run uuid.UUID) (
 	return loss, named(err, t)
 }
 
-// since counts the rows that were written behind the run's own.
+// since counts the rows that neither the run has written nor anybody who was done before their table was copied.
 func (p point) since(ctx context.Context, tx *postgres.OwnerTx, run uuid.UUID, number int32) (rows int64, err error) {
 	tables, err := readTables(ctx, tx, p.namespace)
 	if err != nil {
@@ -108,17 +109,21 @@ func (p point) since(ctx context.Context, tx *postgres.OwnerTx, run uuid.UUID, n
 	}
 	var counts []string
 	for _, t := range tables {
-		_, kept := p.tables[t.name]
-		if kept || slices.Contains(p.made, "table "+t.name) {
-			if t.isRoot() {
-				counts = append(counts, "(select pg_catalog.count(*) from "+t.from(p.at)+" where pg_catalog.age(xmin) < (select pg_catalog.age(b.xmin) from b))")
-			}
+		settled, kept := p.settled[strconv.FormatUint(uint64(t.oid), 10)]
+		if !t.isRoot() || !kept && !slices.Contains(p.made, "table "+t.name) {
+			continue
 		}
+		if !kept {
+			settled = "{}"
+		}
+		counts = append(counts, "(select pg_catalog.count(*) from "+t.from(p.at)+", b where not (b.own + '"+settled+"'::pg_catalog.int8multirange) @> (b.top - ((b.top - xmin::text::int8) & 4294967295)))")
 	}
 	if len(counts) == 0 {
 		return 0, nil
 	}
-	err = tx.QueryRow(ctx, "with b as materialized (select xmin from public.undo_points where run = $1 and tenant = $2) select "+strings.Join(counts, " + "), run, number).Scan(&rows)
+	err = tx.QueryRow(ctx, `with b as materialized (
+	select own, pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::int8 as top from public.undo_points where run = $1 and tenant = $2
+) select `+strings.Join(counts, " + "), run, number).Scan(&rows)
 	return rows, err
 }
 
@@ -240,8 +245,9 @@ func namespaceOf(ctx context.Context, q postgres.Querier, schema string) (namesp
 
 // Undo takes one tenant back to where it was before a run, in one transaction: the structure is built anew from the
 // migrations of the old version, the tables that were copied have those rows, and all others the rows that they have
-// now. What the tenant had until then is renamed away and kept until the point expires. It does nothing to a tenant that
-// was taken back already. While rows are copied from the tenant's own tables, its gate is closed: users get a 503.
+// now. What goes is kept aside until the point expires. It does nothing to a tenant that was taken back already. While
+// the tenant's other tables are moved into the new schema, or copied where that cannot be, its gate is closed: users get
+// a 503.
 //
 // Faults: NotFound: there is no undo point. Conflict: it has expired, the tenant has gone on since or has what would be
 // lost, or the files of the old version are not those that were applied. Locked: the tenant is busy.
@@ -250,29 +256,35 @@ func (s *Snapshots) Undo(ctx context.Context, t tenant.Tenant, run uuid.UUID) (r
 	if err := failpoint.Hit("undo.before"); err != nil {
 		return res, err
 	}
-	err = s.o.DB.AsOwnerWithin(ctx, t.Group, postgres.OwnerOptions{}, func(tx *postgres.OwnerTx) error {
-		res = migrate.Result{}
-		if err := tx.LockOperation(ctx, t.Number, s.o.LockWait); err != nil {
-			return err
-		}
-		p, err := read(ctx, tx, run, t.Number, true)
-		if err != nil {
-			return unknown(err)
-		}
-		res.From, res.To = p.version, p.version
-		if p.undoneAt != nil {
+	attempt := func(moving bool) error {
+		return s.o.DB.AsOwnerWithin(ctx, t.Group, postgres.OwnerOptions{}, func(tx *postgres.OwnerTx) error {
+			res = migrate.Result{}
+			if err := tx.LockOperation(ctx, t.Number, s.o.LockWait); err != nil {
+				return err
+			}
+			p, err := read(ctx, tx, run, t.Number, true)
+			if err != nil {
+				return unknown(err)
+			}
+			res.From, res.To = p.version, p.version
+			if p.undoneAt != nil {
+				return nil
+			}
+			if err := s.may(ctx, tx, t, p); err != nil {
+				return err
+			}
+			w := &undoing{s: s, tx: tx, t: t, run: run, p: p}
+			if err := w.do(ctx, moving); err != nil {
+				return err
+			}
+			res.To = p.from
 			return nil
-		}
-		if err := s.may(ctx, tx, t, p); err != nil {
-			return err
-		}
-		w := &undoing{s: s, tx: tx, t: t, run: run, p: p}
-		if err := w.do(ctx); err != nil {
-			return err
-		}
-		res.To = p.from
-		return nil
-	})
+		})
+	}
+	if err = attempt(true); errors.Is(err, errUnmoved) {
+		s.o.Logger.WarnContext(ctx, "all tables of a tenant are copied to take it back", "tenant", t.Slug.String(), "err", err)
+		err = attempt(false)
+	}
 	res.Duration = time.Since(start)
 	if err != nil {
 		if code := postgres.SQLState(err); code == "40P01" {
@@ -294,9 +306,12 @@ type undoing struct {
 	undone string // what the tenant had
 	made   uint32 // the new schema
 	tables []table
+	schema tenant.Schema // p.at
 }
 
-func (w *undoing) do(ctx context.Context) error {
+// do takes the tenant back; with moving it moves the tables that it can move, and returns errUnmoved when that does not
+// work.
+func (w *undoing) do(ctx context.Context, moving bool) error {
 	has, err := objects(ctx, w.tx, w.p.namespace)
 	if err != nil {
 		return err
@@ -314,18 +329,24 @@ func (w *undoing) do(ctx context.Context) error {
 	if err := failpoint.Hit("undo.built"); err != nil {
 		return err
 	}
-	rebuild, err := w.bare(ctx)
+	var m *mover
+	if moving {
+		if m, err = w.look(ctx); err != nil {
+			return err
+		}
+	}
+	put, err := w.bare(ctx)
 	if err != nil {
 		return err
 	}
 	var kept, live []table
 	for _, t := range w.tables {
-		if !t.isRoot() {
-			continue
-		}
-		if _, is := w.p.tables[t.name]; is {
+		_, is := w.p.tables[t.name]
+		switch {
+		case !t.isRoot() || m.moves(t.name):
+		case is:
 			kept = append(kept, t)
-		} else {
+		default:
 			live = append(live, t)
 		}
 	}
@@ -338,9 +359,21 @@ func (w *undoing) do(ctx context.Context) error {
 	if err := failpoint.Hit("undo.kept"); err != nil {
 		return err
 	}
+	// What was put back does not change any more: the keys between those tables need not wait for the gate.
+	if put, err = w.keys(ctx, put, kept); err != nil {
+		return err
+	}
 	// From here on nobody is at work in the tenant, until the transaction has ended.
 	if err := w.tx.LockGate(ctx, w.t.Number); err != nil {
 		return err
+	}
+	if err := w.shut(ctx, m); err != nil {
+		return err
+	}
+	if moving {
+		if put, err = w.move(ctx, m, put); err != nil {
+			return err
+		}
 	}
 	if err := w.fill(ctx, live, w.undone); err != nil {
 		return err
@@ -348,8 +381,16 @@ func (w *undoing) do(ctx context.Context) error {
 	if err := w.sequences(ctx); err != nil {
 		return err
 	}
-	if err := w.tx.Script(ctx, rebuild); err != nil {
-		return w.refill(err)
+	if err := w.tx.Script(ctx, script(put)); err != nil {
+		if err = w.refill(err); moving {
+			return unmoved(err)
+		}
+		return err
+	}
+	if moving {
+		if err := w.verify(ctx, m); err != nil {
+			return err
+		}
 	}
 	if err := failpoint.Hit("undo.filled"); err != nil {
 		return err
@@ -394,13 +435,12 @@ func (w *undoing) build(ctx context.Context) error {
 	if !there {
 		return fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
 	}
-	schema, err := tenant.ParseSchema(w.p.at)
-	if err != nil {
+	if w.schema, err = tenant.ParseSchema(w.p.at); err != nil {
 		return err
 	}
 	lead := "alter schema " + postgres.Quote(w.p.at) + " rename to " + postgres.Quote(w.undone) + ";\n" +
 		structure.Empty(structure.Schema{Name: w.p.at, Role: w.p.role})
-	if err := w.s.o.Migrate.Create(ctx, w.tx, schema, w.p.from, lead, ""); err != nil {
+	if err := w.s.o.Migrate.Create(ctx, w.tx, w.schema, w.p.from, lead, ""); err != nil {
 		return err
 	}
 	after, err := migrate.Transaction(ctx, w.tx)
@@ -416,13 +456,75 @@ func (w *undoing) build(ctx context.Context) error {
 	if w.tables, err = readTables(ctx, w.tx, w.made); err != nil {
 		return err
 	}
-	// The tables are written by their qualified names from here on; definitions are read and run under this path.
-	return w.tx.Bind(ctx, schema)
+	return w.bind(ctx)
+}
+
+// bind sets the path under which definitions are read and run. Tables are written by their qualified names.
+func (w *undoing) bind(ctx context.Context) error { return w.tx.Bind(ctx, w.schema) }
+
+// put is a statement that puts on again what bare has taken off: of a foreign key with its names.
+type put struct {
+	sql                    string
+	table, key, references string // key: empty for anything else; references: a table of the same schema, or empty
+}
+
+func script(all []put) string {
+	var lines []string
+	for _, p := range all {
+		lines = append(lines, p.sql)
+	}
+	return strings.Join(lines, ";\n")
+}
+
+// keys puts the foreign keys on that are between these tables alone, and returns what is left.
+func (w *undoing) keys(ctx context.Context, all []put, between []table) (left []put, err error) {
+	has := func(name string) bool {
+		return slices.ContainsFunc(between, func(t table) bool { return t.name == name })
+	}
+	var now []put
+	for _, p := range all {
+		if p.key != "" && has(p.table) && has(p.references) {
+			now = append(now, p)
+		} else {
+			left = append(left, p)
+		}
+	}
+	if len(now) == 0 {
+		return left, nil
+	}
+	return left, w.refill(w.tx.Script(ctx, script(now)))
+}
+
+// shut waits for who writes to the tenant's tables past the gate, and keeps them out; and readers of those that are moved.
+func (w *undoing) shut(ctx context.Context, m *mover) error {
+	there, err := readTables(ctx, w.tx, w.p.namespace)
+	if err != nil {
+		return err
+	}
+	var moved, others []string
+	for _, t := range there {
+		if m.moves(t.name) {
+			moved = append(moved, t.from(w.undone))
+		} else {
+			others = append(others, t.from(w.undone))
+		}
+	}
+	var lock []string
+	if len(others) > 0 {
+		lock = append(lock, "lock table "+strings.Join(others, ", ")+" in share row exclusive mode")
+	}
+	if len(moved) > 0 {
+		lock = append(lock, "lock table "+strings.Join(moved, ", ")+" in access exclusive mode")
+	}
+	if len(lock) == 0 {
+		return nil
+	}
+	return w.tx.Script(ctx, strings.Join(lock, ";\n"))
 }
 
 // bare takes off what stands in the way of filling the tables: foreign keys, triggers and rules, and the rows that the
-// migrations themselves have put there. It returns the SQL that puts the first three back.
-func (w *undoing) bare(ctx context.Context) (rebuild string, err error) {
+// migrations themselves have put there. It returns what puts the first three back.
+func (w *undoing) bare(ctx context.Context) (back []put, err error) {
 	oids, names := make([]uint32, len(w.tables)), []string{}
 	for i, t := range w.tables {
 		oids[i] = t.oid
@@ -431,52 +533,56 @@ func (w *undoing) bare(ctx context.Context) (rebuild string, err error) {
 		}
 	}
 	if len(names) == 0 {
-		return "select", nil
+		return nil, nil
 	}
-	const off = `with t as materialized (select c.oid, pg_catalog.format('%I.%I', $2::text, c.relname) as name from pg_catalog.pg_class c where c.oid = any($1::oid[]))
+	const off = `with t as materialized (select c.oid, c.relname::text, pg_catalog.format('%I.%I', $2::text, c.relname) as name from pg_catalog.pg_class c where c.oid = any($1::oid[]))
 select 1, pg_catalog.format('alter table only %s disable trigger %I', t.name, g.tgname),
-	pg_catalog.format('alter table only %s enable %s trigger %I', t.name, case g.tgenabled when 'R' then 'replica' when 'A' then 'always' else '' end, g.tgname), g.oid
+	pg_catalog.format('alter table only %s enable %s trigger %I', t.name, case g.tgenabled when 'R' then 'replica' when 'A' then 'always' else '' end, g.tgname), g.oid, '', '', ''
 from t join pg_catalog.pg_trigger g on g.tgrelid = t.oid where not g.tgisinternal and g.tgenabled <> 'D'
 union all
 select 1, pg_catalog.format('alter table %s disable rule %I', t.name, r.rulename),
-	pg_catalog.format('alter table %s enable %s rule %I', t.name, case r.ev_enabled when 'R' then 'replica' when 'A' then 'always' else '' end, r.rulename), r.oid
+	pg_catalog.format('alter table %s enable %s rule %I', t.name, case r.ev_enabled when 'R' then 'replica' when 'A' then 'always' else '' end, r.rulename), r.oid, '', '', ''
 from t join pg_catalog.pg_rewrite r on r.ev_class = t.oid where r.ev_enabled <> 'D'
 union all
 select 0, pg_catalog.format('alter table %s drop constraint %I', t.name, k.conname),
 	pg_catalog.format('alter table %s add constraint %I %s', t.name, k.conname, pg_catalog.pg_get_constraintdef(k.oid))
-		|| coalesce(pg_catalog.format(E';\ncomment on constraint %I on %s is %L', k.conname, t.name, pg_catalog.obj_description(k.oid, 'pg_constraint')), ''), k.oid
+		|| coalesce(pg_catalog.format(E';\ncomment on constraint %I on %s is %L', k.conname, t.name, pg_catalog.obj_description(k.oid, 'pg_constraint')), ''), k.oid,
+	t.relname, k.conname, coalesce((select r.relname from t r where r.oid = k.confrelid), '')
 from t join pg_catalog.pg_constraint k on k.conrelid = t.oid where k.contype = 'f' and k.conparentid = 0
 order by 1, 4`
 	rows, err := w.tx.Query(ctx, off, oids, w.p.at)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	var take, put []string
+	var take []string
 	var kind int
-	var down, up string
+	var down string
+	var up put
 	var oid uint32
-	if _, err := pgx.ForEachRow(rows, []any{&kind, &down, &up, &oid}, func() error {
-		take, put = append(take, down), append(put, up)
+	if _, err := pgx.ForEachRow(rows, []any{&kind, &down, &up.sql, &oid, &up.table, &up.key, &up.references}, func() error {
+		take, back = append(take, down), append(back, up)
 		return nil
 	}); err != nil {
-		return "", err
+		return nil, err
 	}
 	// A view that holds rows is filled from the tables, in the order in which the views were made.
 	const views = `select pg_catalog.format('refresh materialized view %I.%I', $2::text, c.relname) from pg_catalog.pg_class c
 where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and c.relkind = 'm' and c.relispopulated order by c.oid`
 	if rows, err = w.tx.Query(ctx, views, w.made, w.p.at); err != nil {
-		return "", err
+		return nil, err
 	}
 	refresh, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	take = append(take, "truncate table "+strings.Join(names, ", ")+" restart identity", "set local row_security to off")
 	if err := w.tx.Script(ctx, strings.Join(take, ";\n")); err != nil {
-		return "", err
+		return nil, err
 	}
-	put = append(append(put, refresh...), "set local row_security to default")
-	return strings.Join(put, ";\n"), nil
+	for _, sql := range append(refresh, "set local row_security to default") {
+		back = append(back, put{sql: sql})
+	}
+	return back, nil
 }
 
 func (w *undoing) in(schema string, t table) string {
@@ -502,18 +608,6 @@ func (w *undoing) fill(ctx context.Context, tables []table, source string) error
 			sources[t.name] = t
 		}
 	}
-	if source == w.undone {
-		// The gate keeps requests out; this waits for who writes past it, and keeps them out as well.
-		names := make([]string, len(there))
-		for i, t := range there {
-			names[i] = t.from(source)
-		}
-		if len(names) > 0 {
-			if err := w.tx.Script(ctx, "lock table "+strings.Join(names, ", ")+" in share row exclusive mode"); err != nil {
-				return err
-			}
-		}
-	}
 	for _, t := range tables {
 		src, is := sources[t.name]
 		if !is {
@@ -529,13 +623,15 @@ func (w *undoing) fill(ctx context.Context, tables []table, source string) error
 				return w.unfit("its table %s had the column %s, which no migration has made", t.name, c)
 			}
 		}
-		columns := make([]string, len(t.columns))
+		values := make([]string, len(t.columns))
 		for i, c := range t.columns {
-			columns[i] = postgres.Quote(c)
+			if values[i] = postgres.Quote(c); t.typed[c] != "" {
+				values[i] += "::text::" + t.typed[c]
+			}
 		}
-		list, into := strings.Join(columns, ", "), ""
+		list, into := strings.Join(values, ", "), ""
 		if list != "" {
-			into = " (" + list + ") overriding system value"
+			into = " (" + quoted(t.columns) + ") overriding system value"
 		}
 		tag, err := w.tx.Exec(ctx, "insert into "+w.in(w.p.at, t)+into+" select "+list+" from "+src.from(source))
 		if err != nil {
@@ -560,7 +656,8 @@ func (w *undoing) fill(ctx context.Context, tables []table, source string) error
 // twice, also where the rows that had it are gone.
 func (w *undoing) sequences(ctx context.Context) error {
 	const list = `select c.relname::text, s.seqincrement, s.seqmin, s.seqmax, coalesce(t.relname::text, ''), coalesce(a.attname::text, ''),
-	(select pg_catalog.pg_sequence_last_value(l.oid) from pg_catalog.pg_class l where l.relname = c.relname and l.relnamespace = $2::oid and l.relkind = 'S')
+	(select pg_catalog.pg_sequence_last_value(l.oid) from pg_catalog.pg_class l where l.relname = c.relname and l.relnamespace = $2::oid and l.relkind = 'S'),
+	pg_catalog.pg_sequence_last_value(c.oid)
 from pg_catalog.pg_class c join pg_catalog.pg_sequence s on s.seqrelid = c.oid
 left join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.objid = c.oid and d.objsubid = 0
 	and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype in ('a', 'i')
@@ -572,28 +669,30 @@ where c.oid in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass) and 
 		name                string
 		increment, min, max int64
 		table, column       string
-		live                *int64
+		live, own           *int64 // own: of one that was moved, or that a migration has used
 	}
 	rows, err := w.tx.Query(ctx, list, w.made, w.p.namespace)
 	if err != nil {
 		return err
 	}
 	all, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s sequence, err error) {
-		return s, row.Scan(&s.name, &s.increment, &s.min, &s.max, &s.table, &s.column, &s.live)
+		return s, row.Scan(&s.name, &s.increment, &s.min, &s.max, &s.table, &s.column, &s.live, &s.own)
 	})
 	if err != nil {
 		return err
 	}
 	for _, s := range all {
+		kept := w.p.sequences[s.name]
 		furthest := "pg_catalog.max"
 		if s.increment < 0 {
 			furthest = "pg_catalog.min"
 		}
-		var values []*int64
-		if kept, is := w.p.sequences[s.name]; is {
-			values = append(values, &kept)
+		var renamed *int64 // by the run
+		const byOID = `select pg_catalog.pg_sequence_last_value(c.oid) from pg_catalog.pg_class c where c.oid = $1::oid and c.relkind = 'S'`
+		if err := w.tx.QueryRow(ctx, byOID, kept.OID).Scan(&renamed); err != nil && !errors.Is(err, pgx.ErrNoRows) {
+			return err
 		}
-		values = append(values, s.live)
+		values := []*int64{kept.Last, renamed, s.live, s.own}
 		if s.column != "" {
 			var column *int64
 			query := "select " + furthest + "(" + postgres.Quote(s.column) + ")::int8 from " + postgres.Quote(w.p.at) + "." + postgres.Quote(s.table)
@@ -641,9 +740,19 @@ where run = $1 and tenant = $2`, []any{w.run, w.t.Number, w.undone, w.s.o.Keep}}
 		}
 	}
 	// What lies aside is the owner's alone: without the use of its schema the grants on its tables are worth nothing.
+	const others = `select pg_catalog.format('revoke all on schema %I from %s', n.nspname, case a.grantee when 0 then 'public' else pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) end)
+from pg_catalog.pg_namespace n, pg_catalog.aclexplode(n.nspacl) a where n.oid = $1::oid and a.grantee <> n.nspowner`
+	rows, err := w.tx.Query(ctx, others, w.p.namespace)
+	if err != nil {
+		return err
+	}
+	end, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
 	undone, role := postgres.Quote(w.undone), postgres.Quote(w.p.role)
-	return w.tx.Script(ctx, "revoke all on schema "+undone+" from "+role+
-		";\nalter default privileges in schema "+undone+" revoke all on tables from "+role+
-		";\nalter default privileges in schema "+undone+" revoke all on sequences from "+role+
-		";\ndrop schema "+postgres.Quote(w.p.schema)+" cascade")
+	end = append(end, "alter default privileges in schema "+undone+" revoke all on tables from "+role,
+		"alter default privileges in schema "+undone+" revoke all on sequences from "+role,
+		"drop schema "+postgres.Quote(w.p.schema)+" cascade")
+	return w.tx.Script(ctx, strings.Join(end, ";\n"))
 }

@@ -65,6 +65,36 @@ func (s Structure) Lines() []string {
 	return all
 }
 
+// Part is one thing that a table is made of.
+type Part struct {
+	Kind string // table for the table itself, column, constraint, index, trigger, rule or policy
+	Name string // of the part; empty for the table itself
+	Text string // its description, for comparing
+}
+
+// Parts lists what a table, a partition or a foreign table is made of; nothing where there is none of that name.
+func (s Structure) Parts(table string) []Part {
+	var parts []Part
+	for _, o := range s.objects {
+		if o.kind == "table" && o.name == table {
+			parts = append(parts, Part{o.kind, "", o.attributes})
+			continue
+		}
+		switch o.kind {
+		case "column", "constraint", "index", "trigger", "rule", "policy":
+			if of, name, _ := strings.Cut(o.name, apart); of == table {
+				parts = append(parts, Part{o.kind, name, o.attributes})
+			}
+		}
+	}
+	return parts
+}
+
+// IsForeignKey reports whether the part is a constraint of that kind.
+func (p Part) IsForeignKey() bool {
+	return p.Kind == "constraint" && strings.HasPrefix(p.Text, "definition=FOREIGN KEY")
+}
+
 // Read describes one schema. NotFound: there is none of this name. It must run inside a transaction, whose search path
 // it leaves empty. While the schema is being changed it may fail with XX000.
 func Read(ctx context.Context, q postgres.Querier, schema Schema) (Structure, error) {

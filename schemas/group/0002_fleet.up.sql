@@ -75,6 +75,10 @@ create table public.undo_points (
     -- The tables that were copied, each with the number of its rows; and the last value of each sequence.
     tables       jsonb not null default '{}',
     sequences    jsonb not null default '{}',
+    -- The numbers of the transactions whose rows are the run's own, and, by the oids of the tables that were copied, of those
+    -- that were over then: any other's rows were written since.
+    own          int8multirange not null default '{}',
+    settled      jsonb not null default '{}',
     -- The names of all objects before the run, and of those that it has made: what is in neither is somebody else's.
     had          text[] not null,
     made         text[] not null default '{}',
