@@ -195,6 +195,9 @@ func checkFile(scope Scope, cat *catalog, f File, number int) []Finding {
 	if !f.HasDown && (f.Kind == Transactional || f.Kind == NoTransaction) {
 		c.add(ruleMissingDown, c.src.line, "%s has no step down", f.Name)
 	}
+	if f.Breaking && (f.Kind == NoTransaction || f.Kind == Data) {
+		c.add(ruleBreakApart, c.src.line, "%s is breaking and cannot keep requests away while it runs", f.Name)
+	}
 	c.remade = map[string]bool{}
 	for _, s := range stmts {
 		switch s.kind {

@@ -363,6 +363,12 @@ var cases = map[string][]lintCase{
 		{sql: "lock table users in share mode", want: found("lock-table:1")},
 		{sql: "select id from users for update"},
 	},
+	"breaking-apart": {
+		{sql: "create index concurrently i on users (n)", kind: lint.NoTransaction, breaking: true, want: found("breaking-apart:1")},
+		{sql: "update users set n = 0 where id in (select id from users where n is null limit $1)", kind: lint.Data, breaking: true, want: found("breaking-apart:1")},
+		{sql: "create index concurrently i on users (n)", kind: lint.NoTransaction},
+		{sql: "select 1", breaking: true},
+	},
 	"breaking-change": {
 		{sql: "alter table users drop column name", want: found("breaking-change:1", "drop-data:1")},
 		{sql: "alter table users rename column name to title", want: found("breaking-change:1")},

@@ -51,6 +51,7 @@ const (
 	ruleRefresh      = "refresh-view"
 	ruleLockTable    = "lock-table"
 	ruleBreaking     = "breaking-change"
+	ruleBreakApart   = "breaking-apart"
 	ruleDropData     = "drop-data"
 	ruleCascade      = "cascade"
 	ruleTruncate     = "truncate"
@@ -139,7 +140,9 @@ var rules = []Rule{
 		Instead: "leave it out: the statements take the locks that they need, and the operation lock keeps other migrations away"},
 
 	{Name: ruleBreaking, Severity: Error, Finds: "a table, view, column or function dropped or renamed that binaries of the last version use",
-		Instead: "first release a binary that does without it, then drop it in a file with the line `-- oneo: breaking`; instead of renaming, add the new one, write both, and drop the old one later"},
+		Instead: "first release a binary that does without it, then drop it in a transactional file with the line `-- oneo: breaking`; instead of renaming, add the new one, write both, and drop the old one later"},
+	{Name: ruleBreakApart, Severity: Error, Finds: "`-- oneo: breaking` in a file without a transaction or a data file, which cannot keep requests away while it runs; oneo refuses to read it",
+		Instead: "the line in a transactional file of its own before it, whose statement may be `select 1`: from then on older binaries refuse the tenant"},
 	{Name: ruleDropData, Severity: Warning, Finds: "a table or column dropped with what is in it",
 		Instead: "rename it out of the way for a release, or run with --undo-point"},
 	{Name: ruleCascade, Severity: Warning, Finds: "`cascade`: it takes along what is not named",

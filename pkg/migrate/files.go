@@ -230,6 +230,15 @@ func (p parser) sound(text string) error {
 	return nil
 }
 
+// ungatedHint says how to write a breaking step that cannot be one transaction.
+const ungatedHint = "put the line into a transactional file of its own before this one, NNNN_name.up.sql, whose statement may be `select 1`: from then on older binaries refuse the tenant"
+
+// ungated refuses a breaking step that is more than one transaction: nothing keeps requests away between them, and older
+// binaries would only be told at its end.
+func (p parser) ungated(what string) error {
+	return p.bad(0, "%s cannot be breaking: it cannot keep the tenant's requests away while it runs", what).WithHint("%s", ungatedHint)
+}
+
 func (p parser) up(text string, d directives) error {
 	if err := p.once(p.f.Up); err != nil {
 		return err
@@ -244,6 +253,9 @@ func (p parser) up(text string, d directives) error {
 		return nil
 	}
 	p.f.Kind = NoTransaction
+	if d.breaking {
+		return p.ungated("a file without a transaction")
+	}
 	if len(p.f.steps) == 0 {
 		return p.bad(0, "it holds no statement")
 	}
@@ -275,8 +287,8 @@ func (p parser) data(text string, d directives) error {
 	switch {
 	case d.noTransaction:
 		return p.bad(0, "no-transaction contradicts a data migration, each of whose batches is a transaction")
-	case d.beside && d.breaking:
-		return p.bad(0, "breaking contradicts beside: what runs beside others is not done when the version is reached")
+	case d.breaking:
+		return p.ungated("a data migration")
 	}
 	p.f.steps = statementsOf(text)
 	if len(p.f.steps) != 1 {
@@ -292,7 +304,7 @@ func (p parser) data(text string, d directives) error {
 	if d.batch == 0 {
 		d.batch = DefaultBatch
 	}
-	p.f.Up, p.f.Kind, p.f.Breaking, p.f.Beside, p.f.Batch, p.f.sized = text, Data, d.breaking, d.beside, d.batch, sized
+	p.f.Up, p.f.Kind, p.f.Beside, p.f.Batch, p.f.sized = text, Data, d.beside, d.batch, sized
 	p.f.Checksum = sha256.Sum256([]byte(text))
 	return nil
 }

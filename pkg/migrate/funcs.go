@@ -30,7 +30,7 @@ type Func struct {
 
 	Size     int  // of a batch: the limit that Batch is given; 0: DefaultBatch
 	Beside   bool // Batch only, as `-- oneo: beside`
-	Breaking bool // as `-- oneo: breaking`
+	Breaking bool // Up only, as `-- oneo: breaking`
 }
 
 var stepName = regexp.MustCompile(`^[a-z0-9_]+$`)
@@ -53,8 +53,8 @@ func (f Func) file() (File, error) {
 		return bad("Beside and Size go with Batch")
 	case f.Size < 0:
 		return bad("the size of a batch must be above 0")
-	case f.Beside && f.Breaking:
-		return bad("what runs beside others cannot be breaking")
+	case f.Batch != nil && f.Breaking:
+		return bad("a data migration cannot be breaking: an Up before it can")
 	}
 	file := File{
 		Version: f.Version, Name: f.Name, Kind: Go, Breaking: f.Breaking, Beside: f.Beside,

@@ -46,7 +46,10 @@ func TestLoadKinds(t *testing.T) {
 		"batch 0":             {files("0001_a.data.sql", "-- oneo: batch 0\ndelete from a where id < $1"), "from 1 to"},
 		"batch of literal":    {files("0001_a.data.sql", "-- oneo: batch 5\ndelete from a where b = '$1'"), "takes no $1"},
 		"data no-transaction": {files("0001_a.data.sql", noTx+"delete from a"), "contradicts"},
-		"breaking beside":     {files("0001_a.data.sql", "-- oneo: beside\n-- oneo: breaking\ndelete from a"), "contradicts beside"},
+		"breaking beside":     {files("0001_a.data.sql", "-- oneo: beside\n-- oneo: breaking\ndelete from a"), "a data migration cannot be breaking"},
+		"breaking data":       {files("0001_a.data.sql", "-- oneo: breaking\ndelete from a"), "into a transactional file of its own before this one"},
+		"breaking apart":      {files("0001_a.up.sql", noTx+"-- oneo: breaking\nvacuum a"), "a file without a transaction cannot be breaking"},
+		"goose breaking":      {files("0001_a.sql", "-- oneo: breaking\n-- +goose NO TRANSACTION\n-- +goose Up\nvacuum a"), "a file without a transaction cannot be breaking"},
 		"two statements":      {files("0001_a.data.sql", "delete from a; delete from b"), "one statement, not 2"},
 		"no statement":        {files("0001_a.data.sql", "-- nothing\n;"), "one statement, not 0"},
 		"$2":                  {files("0001_a.data.sql", "delete from a where id = $2"), "$2"},
@@ -91,13 +94,13 @@ func TestLoadKinds(t *testing.T) {
 
 	got, err := migrate.Load(files(
 		"0001_a.sql", "-- +goose Up\ncreate table a (id int);\n-- +goose Down\ndrop table a;",
-		"0002_b.up.sql", "-- oneo: no-transaction\n-- oneo: breaking\nselect 1",
+		"0002_b.up.sql", "-- oneo: no-transaction\nselect 1",
 		"0003_c.data.sql", "-- oneo: beside\ndelete from a", "0004_d.data.sql", "-- oneo: batch 7\ndelete from a where id < $1"), ".")
 	require.NoError(t, err)
 	require.Equal(t, "\n\n-- +goose Down\ndrop table a;", got[0].Down, "lines keep their numbers")
 	require.NotContains(t, got[0].Up, "drop")
 	require.Equal(t, []migrate.Kind{migrate.Transactional, migrate.NoTransaction, migrate.Data, migrate.Data}, []migrate.Kind{got[0].Kind, got[1].Kind, got[2].Kind, got[3].Kind})
-	require.True(t, got[1].Breaking && got[2].Beside && !got[3].Beside)
+	require.True(t, got[2].Beside && !got[3].Beside)
 	require.Equal(t, []int{migrate.DefaultBatch, 7}, []int{got[2].Batch, got[3].Batch})
 	changed, err := migrate.Load(files("0001_a.sql", "-- +goose Up\ncreate table a (id int);\n-- +goose Down\ndrop table a cascade;"), ".")
 	require.NoError(t, err)
@@ -106,9 +109,11 @@ func TestLoadKinds(t *testing.T) {
 	_, err = migrate.New(nil, migrate.Options{Files: fstest.MapFS{"group/0001_a.up.sql": {Data: []byte("-- oneo: no-transaction\nvacuum a")}, "shared/0001_a.up.sql": {Data: []byte("x")}, "tenant/0001_a.up.sql": {Data: []byte("x")}}})
 	require.ErrorContains(t, err, "only a tenant's migrations")
 	up := func(context.Context, *postgres.OwnerTx) error { return nil }
+	batch := func(context.Context, *postgres.OwnerTx, int) (int64, error) { return 0, nil }
 	for want, fn := range map[string]migrate.Func{
 		"either Up or Batch": {Version: 1, Name: "a", Key: "k"}, "lacks a key": {Version: 1, Name: "a", Up: up}, "its name": {Version: 1, Name: "a'b", Key: "k", Up: up},
-		"go with Batch": {Version: 1, Name: "a", Key: "k", Up: up, Beside: true}, "above 0": {Name: "a", Key: "k", Up: up}, "is missing": {Version: 2, Name: "a", Key: "k", Up: up},
+		"cannot be breaking": {Version: 1, Name: "a", Key: "k", Batch: batch, Breaking: true},
+		"go with Batch":      {Version: 1, Name: "a", Key: "k", Up: up, Beside: true}, "above 0": {Name: "a", Key: "k", Up: up}, "is missing": {Version: 2, Name: "a", Key: "k", Up: up},
 	} {
 		_, err := migrate.New(nil, migrate.Options{Files: schemas.Files, Tenant: fstest.MapFS{}, Funcs: []migrate.Func{fn}})
 		require.ErrorContains(t, err, want)
