@@ -102,6 +102,7 @@ func (a *App) open() (err error) {
 	a.Resolver, err = registry.NewResolver(registry.ResolverOptions{
 		Lookup: a.lookup, Shared: hostCache{a.Cache}, TTL: tenantTTL, NegativeTTL: c.Cache.NegativeTTL,
 		SharedTTL: c.Cache.SharedTTL, Timeout: c.Database.AcquireTimeout + time.Second, Size: 100_000,
+		Grace: registry.Grace{For: c.Cache.TenantGrace, Away: postgres.Away, Logger: a.Log},
 	})
 	if err != nil {
 		return err

@@ -146,12 +146,16 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	so.OnEnqueued = a.Provision.Wake
 	so.Checks = []server.Check{
 		{Name: "postgres", Required: true, Run: func(ctx context.Context) error {
-			return a.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error {
+			err := a.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error {
 				_, err := tx.Exec(ctx, `select 1`)
 				return err
 			})
+			if err != nil && !a.Resolver.Stands() {
+				return err
+			}
+			return a.borne(err)
 		}},
-		{Name: "schema", Required: true, Run: a.Migrate.SharedBehind},
+		{Name: "schema", Required: true, Run: func(ctx context.Context) error { return a.borne(a.Migrate.SharedBehind(ctx)) }},
 		{Name: "redis", Run: a.Cache.Ping},
 	}
 	so.Logger, so.Version = a.Log, o.Version
@@ -168,6 +172,14 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	}
 	so.OnEnded = a.ended
 	return so, nil
+}
+
+// borne makes it a failure that this instance bears where a database is away and there are others: it serves their tenants.
+func (a *App) borne(err error) error {
+	if postgres.Away(err) && len(a.DB.Groups()) > 1 {
+		return server.Borne{Err: err}
+	}
+	return err
 }
 
 // Without Redis nobody tells this process what another one has changed: it remembers for less long.

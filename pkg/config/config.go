@@ -115,6 +115,7 @@ type Auth struct {
 // Cache says how long looked-up values are kept.
 type Cache struct {
 	TenantTTL   time.Duration `mapstructure:"tenant_ttl"`
+	TenantGrace time.Duration `mapstructure:"tenant_grace"`
 	NegativeTTL time.Duration `mapstructure:"negative_ttl"`
 	SharedTTL   time.Duration `mapstructure:"shared_ttl"`
 	LocalTTL    time.Duration `mapstructure:"local_ttl"`
@@ -162,7 +163,7 @@ func Default() Config {
 			RequestTimeout: 30 * time.Second, ShutdownGrace: 20 * time.Second, MaxBody: 1 << 20, MaxHeader: 16 << 10,
 		},
 		Auth:    Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
-		Cache:   Cache{TenantTTL: 30 * time.Second, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
+		Cache:   Cache{TenantTTL: 30 * time.Second, TenantGrace: 10 * time.Minute, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Log:     Log{Level: "info", Format: "text"},
@@ -314,6 +315,9 @@ func (c Config) Validate() error {
 		"cache.shared_ttl": c.Cache.SharedTTL, "cache.local_ttl": c.Cache.LocalTTL,
 	} {
 		positive(key, v)
+	}
+	if c.Cache.TenantGrace < 0 || c.Cache.TenantGrace > maxCached {
+		bad("cache.tenant_grace", "must be from 0 (off) to %s", maxCached)
 	}
 	// The caches' times are held against each other when each is one by itself.
 	shared, local, idle, request := c.Cache.SharedTTL, c.Cache.LocalTTL, c.Auth.SessionIdle, s.RequestTimeout

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -469,4 +471,25 @@ func TestCloseLeavesNothing(t *testing.T) {
 	require.Error(t, try(t.Context(), db, a, postgres.Read, `select 1`))
 	require.Error(t, db.InShared(t.Context(), postgres.Read, func(*postgres.Tx) error { return nil }))
 	require.Error(t, db.AsOwner(t.Context(), "main", func(*postgres.OwnerTx) error { return nil }))
+}
+
+// Only a database that was not reached is away: what one answers is its answer.
+func TestAway(t *testing.T) {
+	t.Parallel()
+	for want, errs := range map[bool][]error{
+		true: {
+			&pgconn.ConnectError{Config: &pgconn.Config{}}, &pgconn.PgError{Code: "57P03"}, &pgconn.PgError{Code: "57P01"}, &pgconn.PgError{Code: "08006"},
+			&pgconn.PgError{Code: "53300"}, context.DeadlineExceeded, io.ErrUnexpectedEOF,
+			fault.New(fault.Unavailable, "none is free").WithCode("pool_exhausted"),
+		},
+		false: {
+			nil, &pgconn.PgError{Code: "28P01"}, &pgconn.PgError{Code: "3D000"}, &pgconn.PgError{Code: "57P04"}, &pgconn.PgError{Code: "57014"},
+			&pgconn.PgError{Code: "53100"}, &pgconn.PgError{Code: "58030"}, &pgconn.PgError{Code: "42501"}, &pgconn.PgError{Code: "42P01"},
+			context.Canceled, pgx.ErrNoRows, fault.New(fault.NotFound, "none").WithCode("unknown_host"), errors.New("another"),
+		},
+	} {
+		for _, err := range errs {
+			require.Equalf(t, want, postgres.Away(postgres.Fault(err)), "%v", err)
+		}
+	}
 }

@@ -149,6 +149,21 @@ func connectionLost(err error) bool {
 		strings.Contains(err.Error(), "conn closed")
 }
 
+// Away reports whether a fault says that the database was not reached: no connection was to be had, or it was lost or
+// silent. A database that refuses the login, or that answers with an error of its own, is not away.
+func Away(err error) bool {
+	if err == nil {
+		return false
+	}
+	switch fault.Of(err).Code {
+	case "database_unreachable", "database_timeout", "pool_exhausted", "too_many_connections":
+		return true
+	case "database_unavailable":
+		return connectionLost(err)
+	}
+	return false
+}
+
 // mayPass reports whether a new connection may be had in a moment: the server is lost, or has none free.
 func mayPass(err error) bool {
 	return connectionLost(err) && !refusedForGood(err) || SQLState(err) == "53300"

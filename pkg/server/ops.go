@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/http/pprof"
 	"sync"
@@ -53,7 +54,7 @@ func opsReply(w http.ResponseWriter, status int, v any) {
 	_, _ = w.Write(append(body, '\n'))
 }
 
-// ready runs all checks at once. What an optional one finds is told and changes nothing.
+// ready runs all checks at once. What an optional one finds, or what is borne, is told and changes nothing.
 func (s *Server) ready(ctx context.Context) (health, bool) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -70,7 +71,8 @@ func (s *Server) ready(ctx context.Context) (health, bool) {
 			continue
 		}
 		h.Checks[c.Name] = fault.Of(found[i]).StableCode()
-		if c.Required {
+		var borne Borne
+		if c.Required && !errors.As(found[i], &borne) {
 			h.Status = "not_ready"
 		}
 	}

@@ -352,11 +352,14 @@ func TestOpsListener(t *testing.T) {
 				return nil
 			}},
 			{Name: "redis", Run: func(context.Context) error { return fault.New(fault.Unavailable, "away").WithCode("redis_unreachable") }},
+			{Name: "schema", Required: true, Run: func(context.Context) error {
+				return server.Borne{Err: fault.New(fault.Unavailable, "one group is away").WithCode("database_unreachable")}
+			}},
 		}
 	})
 	ops := st.server.OpsAddr()
 	require.Equal(t, 200, opsStatus(t, ops, "/livez"))
-	require.Equal(t, 200, opsStatus(t, ops, "/readyz"), "Redis is wanted and not needed")
+	require.Equal(t, 200, opsStatus(t, ops, "/readyz"), "Redis is wanted and not needed, and what is borne is no reason")
 	require.Equal(t, 200, opsStatus(t, ops, "/debug/pprof/cmdline"))
 	require.Equal(t, 404, opsStatus(t, ops, "/api/v1/me"), "the API is not on the operators' listener")
 	failing.Store(true)

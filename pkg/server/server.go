@@ -75,9 +75,17 @@ type Cache interface {
 // Check is one thing that /readyz looks at.
 type Check struct {
 	Name     string
-	Required bool // its failure makes the instance not ready
+	Required bool // its failure makes the instance not ready, unless it is Borne
 	Run      func(ctx context.Context) error
 }
+
+// Borne is the failure of a check with which the instance serves nevertheless: it is told and changes nothing.
+type Borne struct{ Err error }
+
+func (b Borne) Error() string { return b.Err.Error() }
+
+// Unwrap is what has failed.
+func (b Borne) Unwrap() error { return b.Err }
 
 // Options is everything that a Server can be told. Start from DefaultOptions.
 type Options struct {
