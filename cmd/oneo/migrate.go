@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -459,40 +461,54 @@ func names(files []migrate.File) string {
 }
 
 func newMigrateStatusCmd(e *env) *cobra.Command {
-	var check bool
+	var o statusOptions
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show which versions the tenants are at",
 		Long: `Group the fleet without opening a tenant: current, behind (by how much), failed (by cause: what their
-last run said), missing (the schema was dropped, or dropped and made again, behind oneo's back). What
-the schemas really hold is another question: ` + "`oneo migrate drift`" + `. With --check the exit code is
-13 when anything is pending, failed or missing.`,
-		Example: "  oneo migrate status\n  oneo migrate status --check -o json", Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return migrateStatus(cmd.Context(), e, check) },
+last run said), missing (the schema was dropped, or dropped and made again, behind oneo's back). That is
+what the ledger says: each schema is "unchecked". With --drift every schema is compared with what the
+migrations make, as by ` + "`oneo migrate drift`" + `, and tenants that differ are drifted, by their
+differences; 1,000 tenants take about two seconds more.
+
+Each tenant counts once. One that has failed and has drifted is failed, with the schema "drifted".
+
+With --check the exit code is 13 when anything is pending, failed, missing or, with --drift, drifted. It
+is 3 when a schema was to be compared and could not be read.`,
+		Example: "  oneo migrate status\n  oneo migrate status --check -o json\n  oneo migrate status --drift --check", Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return migrateStatus(cmd.Context(), e, o) },
 	}
-	cmd.Flags().BoolVar(&check, "check", false, "exit 13 when anything is pending, failed or missing")
+	cmd.Flags().BoolVar(&o.check, "check", false, "exit 13 when anything is pending, failed, missing or, with --drift, drifted")
+	cmd.Flags().BoolVar(&o.drift, "drift", false, "compare every schema with what the migrations make")
 	return cmd
 }
+
+type statusOptions struct{ check, drift bool }
 
 // statusRow is one group of tenants that stand alike.
 type statusRow struct {
 	status, group string
 	version, head int
+	schema        string
 	tenants       int
 	cause         any
 	names         []string // of those that ask for attention, up to five
 }
+
+// unchecked is a schema that nobody has looked at: its tenant's version is what the ledger says.
+const unchecked = "unchecked"
 
 var statusColumns = []column[statusRow]{
 	{"STATUS", "status", func(s statusRow) any { return s.status }},
 	{"VERSION", "version", func(s statusRow) any { return s.version }},
 	{"BEHIND", "behind", func(s statusRow) any { return max(0, s.head-s.version) }},
 	{"TENANTS", "tenants", func(s statusRow) any { return s.tenants }},
+	{"SCHEMA", "schema", func(s statusRow) any { return s.schema }},
 	{"GROUP", "group", func(s statusRow) any { return s.group }},
 	{"NAMES", "names", func(s statusRow) any { return s.names }},
 	{"CAUSE", "cause", func(s statusRow) any { return s.cause }},
 }
 
-func migrateStatus(ctx context.Context, e *env, check bool) error {
+func migrateStatus(ctx context.Context, e *env, o statusOptions) error {
 	a, err := e.open()
 	if err != nil {
 		return err
@@ -501,112 +517,228 @@ func migrateStatus(ctx context.Context, e *env, check bool) error {
 	if pending != nil && !fault.Is(pending, fault.Pending) {
 		return pending
 	}
-	var rows []statusRow
+	var fl fleetStatus
 	if pending != nil {
 		e.say("%s", fault.Of(pending).Message)
-	} else if rows, pending, err = fleetStatus(ctx, e, a); err != nil {
+	} else {
+		concludeRuns(ctx, e, a)
+		if fl, err = readFleet(ctx, a, o.drift); err != nil {
+			return err
+		}
+		pending = fl.pending()
+	}
+	if err := show(e, fl.rows, statusColumns); err != nil {
 		return err
 	}
-	if err := show(e, rows, statusColumns); err != nil {
-		return err
-	}
-	if check && pending != nil {
+	switch {
+	case o.check && pending != nil:
 		return pending
-	}
-	if pending != nil && len(rows) > 0 {
+	case pending != nil && len(fl.rows) > 0:
 		e.say("%s", fault.Of(pending).Message)
+	}
+	if fl.unread > 0 {
+		e.say("%d schema(s) could not be read: run the same command again", fl.unread)
+		return errExit{exitSomeFailed}
+	}
+	if len(fl.rows) > 0 && !o.drift {
+		e.say("versions are what the ledger says; --drift compares the schemas with it")
 	}
 	return nil
 }
 
-// fleetStatus groups the fleet, and says what is pending, if anything is.
-func fleetStatus(ctx context.Context, e *env, a *app.App) (rows []statusRow, pending, err error) {
-	concludeRuns(ctx, e, a)
+// fleetStatus is where the fleet stands.
+type fleetStatus struct {
+	rows                            []statusRow
+	behind, failed, drifted, unread int // tenants; those that have failed may have drifted as well
+	missing                         int
+	lost                            []string // names of the missing, up to five
+}
+
+// pending says what is to be done, if anything is.
+func (f fleetStatus) pending() error {
+	switch {
+	case f.missing > 0:
+		return fault.New(fault.Pending, "the schema of %d tenant(s) is gone or was made again behind oneo's back: %s", f.missing, strings.Join(f.lost, ", ")).
+			WithCode("schema_missing").WithHint("restore them from a backup; nothing was changed")
+	case f.drifted > 0:
+		return fault.New(fault.Pending, "%d tenant(s) have drifted, %d have failed and %d are behind", f.drifted, f.failed, f.behind).WithCode("drifted").
+			WithHint("oneo migrate drift --all-tenants --repair-plan says what would bring them back")
+	case f.failed > 0:
+		return fault.New(fault.Pending, "%d tenant(s) have failed and %d are behind", f.failed, f.behind).WithCode("tenants_failed").
+			WithHint("mend the cause, then oneo migrate --all-tenants")
+	case f.behind > 0:
+		return fault.New(fault.Pending, "%d tenant(s) are behind", f.behind).WithCode("tenants_behind").WithHint("oneo migrate --all-tenants")
+	}
+	return nil
+}
+
+// statusKey is what the tenants of a row have in common.
+type statusKey struct {
+	status, group string
+	version       int
+	schema, cause string
+}
+
+// add counts tenants; name is one of them, or empty where names say nothing.
+func (f *fleetStatus) add(at map[statusKey]int, k statusKey, head, tenants int, cause any, name string) {
+	i, known := at[k]
+	if !known {
+		i = len(f.rows)
+		at[k] = i
+		f.rows = append(f.rows, statusRow{status: k.status, group: k.group, version: k.version, head: head, schema: k.schema, cause: cause})
+	}
+	row := &f.rows[i]
+	row.tenants += tenants
+	if name != "" && len(row.names) < someNames {
+		row.names = append(row.names, name)
+	}
+	switch k.status {
+	case "behind":
+		f.behind += tenants
+	case "failed":
+		f.failed += tenants
+	}
+	switch k.schema {
+	case string(structure.Drifted):
+		f.drifted += tenants
+	case string(structure.Unread):
+		f.unread += tenants
+	}
+}
+
+// someNames is how many tenants a row names.
+const someNames = 5
+
+// statuses are in the order in which they are told.
+var statuses = []string{"current", "behind", "failed", "drifted", "missing"}
+
+// readFleet groups the fleet: each tenant by what the ledger says, or compared where it is asked for.
+func readFleet(ctx context.Context, a *app.App, compare bool) (f fleetStatus, err error) {
 	st, err := a.Migrate.Status(ctx)
 	if err != nil {
-		return nil, nil, err
+		return f, err
 	}
 	failures, err := a.Rollout.Failures(ctx, kindMigrate)
 	if err != nil {
-		return nil, nil, err
+		return f, err
 	}
 	late := map[string]map[int32]int{}
 	for _, group := range a.DB.Groups() {
 		bs, err := a.Migrate.TenantsBehind(ctx, group)
 		if err != nil {
-			return nil, nil, err
+			return f, err
 		}
 		late[group] = map[int32]int{}
 		for _, b := range bs {
 			late[group][b.Number] = b.Version
 		}
 	}
-	type key struct {
-		group   string
-		version int
-		cause   string
+	failed := map[int32]rollout.Failure{}
+	for _, fail := range failures {
+		failed[fail.Number] = fail
 	}
-	failed := map[key]*statusRow{}
-	taken := map[key]int{} // how many of a group and version are told as failed
-	var order []key
-	for _, f := range failures {
+	gone := map[int32]bool{}
+	for _, number := range st.Missing {
+		gone[number] = true
+	}
+	at := map[statusKey]int{}
+	standing := func(group string, version int) statusKey {
+		status := "current"
+		if version < st.Head {
+			status = "behind"
+		}
+		return statusKey{status: status, group: group, version: version, schema: unchecked}
+	}
+	asFailed := func(group string, version int, schema string, fail rollout.Failure) {
+		k := statusKey{status: "failed", group: group, version: version, schema: schema, cause: fail.Cause.SQLState + fail.Cause.Message}
+		f.add(at, k, st.Head, 1, reportedError(fail.Cause), fail.Slug)
+	}
+	if compare {
+		groups, err := driftOfAll(ctx, a)
+		if err != nil {
+			return f, err
+		}
+		for _, g := range groups {
+			for _, t := range g.Tenants {
+				fail, has := failed[t.Number]
+				_, lacks := late[g.Database][t.Number]
+				switch {
+				case g.State == structure.Missing:
+					if !gone[t.Number] { // since the status was read
+						gone[t.Number] = true
+						st.Missing = append(st.Missing, t.Number)
+					}
+				case gone[t.Number]:
+				case has && lacks:
+					asFailed(g.Database, g.Version, string(g.State), fail)
+				case g.State == structure.Drifted:
+					k := statusKey{status: "drifted", group: g.Database, version: g.Version, schema: string(g.State), cause: fmt.Sprint(g.Differences)}
+					f.add(at, k, st.Head, 1, append(differences{}, g.Differences...), t.Slug.String())
+				default:
+					k := standing(g.Database, g.Version)
+					k.schema = string(g.State)
+					f.add(at, k, st.Head, 1, nil, "")
+				}
+			}
+		}
+	} else {
+		taken := map[statusKey]int{} // how many of a group and version are told otherwise
 		for group, versions := range late {
-			version, is := versions[f.Number]
-			if !is {
+			for _, fail := range failures { // by their names
+				if version, lacks := versions[fail.Number]; lacks && !gone[fail.Number] {
+					asFailed(group, version, unchecked, fail)
+					taken[standing(group, version)]++
+				}
+			}
+			if len(gone) == 0 {
 				continue
 			}
-			k := key{group, version, f.Cause.SQLState + f.Cause.Message}
-			row := failed[k]
-			if row == nil {
-				row = &statusRow{status: "failed", group: group, version: version, head: st.Head, cause: reportedError(f.Cause)}
-				failed[k] = row
-				order = append(order, k)
+			lost, err := a.Migrate.Versions(ctx, group, st.Missing)
+			if err != nil {
+				return f, err
 			}
-			row.tenants++
-			if len(row.names) < 5 {
-				row.names = append(row.names, f.Slug)
+			for _, version := range lost {
+				taken[standing(group, version)]++
 			}
-			taken[key{group: group, version: version}]++
+		}
+		for _, v := range st.Versions {
+			k := standing(v.Group, v.Version)
+			if n := v.Tenants - taken[k]; n > 0 {
+				f.add(at, k, st.Head, n, nil, "")
+			}
 		}
 	}
-	behind := 0
-	for _, v := range st.Versions {
-		row := statusRow{status: "current", group: v.Group, version: v.Version, head: st.Head, tenants: v.Tenants}
-		if v.Version < st.Head {
-			row.status = "behind"
-			row.tenants -= taken[key{group: v.Group, version: v.Version}]
-			behind += row.tenants
+	if f.missing = len(st.Missing); f.missing > 0 {
+		if f.lost, err = namesOf(ctx, a, st.Missing); err != nil {
+			return f, err
 		}
-		if row.tenants > 0 {
-			rows = append(rows, row)
+		f.rows = append(f.rows, statusRow{status: "missing", tenants: f.missing, schema: string(structure.Missing), names: f.lost})
+	}
+	slices.SortStableFunc(f.rows, func(a, b statusRow) int {
+		return cmp.Or(cmp.Compare(slices.Index(statuses, a.status), slices.Index(statuses, b.status)), cmp.Compare(b.version, a.version),
+			cmp.Compare(a.group, b.group), cmp.Compare(a.schema, b.schema), cmp.Compare(b.tenants, a.tenants), cmp.Compare(fmt.Sprint(a.cause), fmt.Sprint(b.cause)))
+	})
+	for _, row := range f.rows {
+		if row.status != "missing" {
+			slices.Sort(row.names)
 		}
 	}
-	n := 0
-	for _, k := range order {
-		rows = append(rows, *failed[k])
-		n += failed[k].tenants
+	return f, nil
+}
+
+// driftOfAll compares every tenant that is not dropped with what the migrations make.
+func driftOfAll(ctx context.Context, a *app.App) ([]structure.Group, error) {
+	all := selector{all: true}
+	ts, err := all.tenants(ctx, a)
+	if err != nil {
+		return nil, err
 	}
-	switch {
-	case len(st.Missing) > 0:
-		lost, err := namesOf(ctx, a, st.Missing)
-		if err != nil {
-			return nil, nil, err
-		}
-		rows = append(rows, statusRow{status: "missing", tenants: len(st.Missing), head: 0, names: lost})
-		pending = fault.New(fault.Pending, "the schema of %d tenant(s) is gone or was made again behind oneo's back: %s", len(st.Missing), strings.Join(lost, ", ")).
-			WithCode("schema_missing").WithHint("restore them from a backup; nothing was changed")
-	case n > 0:
-		pending = fault.New(fault.Pending, "%d tenant(s) have failed and %d are behind", n, behind).WithCode("tenants_failed").
-			WithHint("mend the cause, then oneo migrate --all-tenants")
-	case behind > 0:
-		pending = fault.New(fault.Pending, "%d tenant(s) are behind", behind).WithCode("tenants_behind").WithHint("oneo migrate --all-tenants")
-	}
-	return rows, pending, nil
+	return drift(ctx, a, ts)
 }
 
 // namesOf are the names of the first five tenants, and how many more there are.
 func namesOf(ctx context.Context, a *app.App, numbers []int32) ([]string, error) {
-	const most = 5
+	const most = someNames
 	var all []string
 	err := a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 		ts, err := registry.ByNumbers(ctx, tx, numbers[:min(most, len(numbers))])
