@@ -168,6 +168,9 @@ func runDown(ctx context.Context, e *env, o downOptions) error {
 // planAndWork stores a run, or goes on with the one that does the same already, and works on it.
 func planAndWork(ctx context.Context, e *env, a *app.App, spec rollout.Spec, o workOptions, rows []reported) error {
 	concludeRuns(ctx, e, a)
+	if _, err := a.Rollout.Expire(ctx, a.Config.Runs.Keep); err != nil { // `oneo serve` does it too
+		e.say("runs whose time is over: %s", fault.Of(err).Message)
+	}
 	run, joined, err := a.Rollout.Plan(ctx, spec)
 	if err != nil {
 		return err

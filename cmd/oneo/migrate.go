@@ -661,7 +661,7 @@ func readFleet(ctx context.Context, a *app.App, compare bool) (f fleetStatus, er
 		for _, g := range groups {
 			for _, t := range g.Tenants {
 				fail, has := failed[t.Number]
-				_, lacks := late[g.Database][t.Number]
+				version, lacks := late[g.Database][t.Number]
 				switch {
 				case g.State == structure.Missing:
 					if !gone[t.Number] { // since the status was read
@@ -669,7 +669,7 @@ func readFleet(ctx context.Context, a *app.App, compare bool) (f fleetStatus, er
 						st.Missing = append(st.Missing, t.Number)
 					}
 				case gone[t.Number]:
-				case has && lacks:
+				case has && lacks && fail.Holds(version):
 					asFailed(g.Database, g.Version, string(g.State), fail)
 				case g.State == structure.Drifted:
 					k := statusKey{status: "drifted", group: g.Database, version: g.Version, schema: string(g.State), cause: fmt.Sprint(g.Differences)}
@@ -685,7 +685,7 @@ func readFleet(ctx context.Context, a *app.App, compare bool) (f fleetStatus, er
 		taken := map[statusKey]int{} // how many of a group and version are told otherwise
 		for group, versions := range late {
 			for _, fail := range failures { // by their names
-				if version, lacks := versions[fail.Number]; lacks && !gone[fail.Number] {
+				if version, lacks := versions[fail.Number]; lacks && fail.Holds(version) && !gone[fail.Number] {
 					asFailed(group, version, unchecked, fail)
 					taken[standing(group, version)]++
 				}

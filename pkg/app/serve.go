@@ -92,6 +92,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 			}
 		})
 		running.Go(func() { a.expireUndoPoints(beside) })
+		running.Go(func() { a.expireRuns(beside) })
 	} else {
 		a.Log.Info("this instance cannot provision: database.owner_url is not set")
 	}
@@ -255,6 +256,28 @@ func (a *App) expireUndoPoints(ctx context.Context) {
 		}
 		if err != nil && ctx.Err() == nil {
 			a.Log.Warn("drop undo points that have expired", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// expireRunsEach is how often runs are looked for that are over and have been kept for long enough.
+const expireRunsEach = time.Hour
+
+func (a *App) expireRuns(ctx context.Context) {
+	ticker := time.NewTicker(expireRunsEach)
+	defer ticker.Stop()
+	for {
+		n, err := a.Rollout.Expire(ctx, a.Config.Runs.Keep)
+		if n > 0 {
+			a.Log.Info("removed runs whose time is over", "runs", n)
+		}
+		if err != nil && ctx.Err() == nil {
+			a.Log.Warn("remove runs whose time is over", "error", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -27,6 +27,7 @@ type Config struct {
 	Cache        Cache        `mapstructure:"cache"`
 	Schemas      Schemas      `mapstructure:"schemas"`
 	Migrate      Migrate      `mapstructure:"migrate"`
+	Runs         Runs         `mapstructure:"runs"`
 	Log          Log          `mapstructure:"log"`
 }
 
@@ -138,6 +139,11 @@ type Migrate struct {
 	UndoKeep       time.Duration `mapstructure:"undo_keep"`
 }
 
+// Runs says for how long what is over of runs over the fleet is kept.
+type Runs struct {
+	Keep time.Duration `mapstructure:"keep"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -166,6 +172,7 @@ func Default() Config {
 		Cache:   Cache{TenantTTL: 30 * time.Second, TenantGrace: 10 * time.Minute, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
+		Runs:    Runs{Keep: 90 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -231,6 +238,10 @@ var groupForm = regexp.MustCompile(`^[a-z0-9]{1,32}$`)
 
 // MinSecretBytes is the least length of server.secret.
 const MinSecretBytes = 32
+
+// MinRunsKeep is the least time for which runs are kept: a process that was taken for dead may still come with a change,
+// and must find its mark.
+const MinRunsKeep = time.Hour
 
 // maxCached is cache.MaxTTL; a test holds them equal.
 const maxCached = 24 * time.Hour
@@ -352,6 +363,9 @@ func (c Config) Validate() error {
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {
 		bad("migrate.max_replica_lag", "must not be below 0")
+	}
+	if k := c.Runs.Keep; k != 0 && k < MinRunsKeep {
+		bad("runs.keep", "must be at least %s, or 0s: for ever", MinRunsKeep)
 	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")

@@ -44,16 +44,21 @@ where c.relkind in ('r', 'm') and p.number = any($1) group by p.number`
 
 // Failure is a tenant whose last task of a kind failed.
 type Failure struct {
-	Number int32
-	Slug   string
-	Run    string
-	Cause  Cause
+	Number   int32
+	Slug     string
+	Run      string
+	From, To int // versions: where the tenant was, and where the failure left it
+	Cause    Cause
 }
+
+// Holds reports whether the failure is the last word about a tenant at a version: a later run that went well may have
+// expired.
+func (f Failure) Holds(version int) bool { return version == f.From || version == f.To }
 
 // Failures lists the tenants whose newest ended task of a kind failed.
 func (r *Runner) Failures(ctx context.Context, kind string) (failures []Failure, err error) {
-	const query = `select t.tenant, t.slug, t.run::text, t.error from (
-	select distinct on (t.tenant) t.tenant, t.slug, t.run, t.state, t.error from public.tasks t join public.operations o on o.id = t.run
+	const query = `select t.tenant, t.slug, t.run::text, coalesce(t.from_version, 0), coalesce(t.to_version, 0), t.error from (
+	select distinct on (t.tenant) t.tenant, t.slug, t.run, t.state, t.from_version, t.to_version, t.error from public.tasks t join public.operations o on o.id = t.run
 	where o.kind = $1 and t.state in ('ok', 'skipped', 'failed') order by t.tenant, t.run desc) t
 where t.state = 'failed' order by t.slug`
 	err = r.inMain(ctx, func(tx *postgres.OwnerTx) error {
@@ -62,7 +67,7 @@ where t.state = 'failed' order by t.slug`
 			return err
 		}
 		failures, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (f Failure, err error) {
-			return f, row.Scan(&f.Number, &f.Slug, &f.Run, &f.Cause)
+			return f, row.Scan(&f.Number, &f.Slug, &f.Run, &f.From, &f.To, &f.Cause)
 		})
 		return err
 	})
