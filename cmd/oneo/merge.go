@@ -45,8 +45,9 @@ type piece struct {
 // keeps the others waiting it does not hold more than mergedBytes: then it is written when it comes. In ndjson, csv,
 // json and yaml nothing that has been written is held; a table is written at the end.
 type merged struct {
-	e   *env
-	max int // rows in all; 0: no bound
+	e     *env
+	max   int  // rows in all; 0: no bound
+	alone bool // there is one piece, and no tenant: its rows stand by themselves
 
 	mu      sync.Mutex
 	columns []string // behind the tenant; nil until they are known
@@ -139,7 +140,7 @@ func (m *merged) take(ordinal int, p piece) {
 	delete(m.held, ordinal)
 	m.bytes -= p.bytes
 	if left := m.max - m.rows; m.max > 0 && len(p.rows) > left {
-		p.rows, p.told = p.rows[:left], cutAll(m.max)
+		p.rows, p.told = p.rows[:left], m.cutAll()
 	}
 	if p.told != nil && p.told.Code == rowsCut {
 		m.cut++
@@ -152,7 +153,7 @@ func (m *merged) take(ordinal int, p piece) {
 	}
 	for _, row := range p.rows {
 		m.write(row)
-		if m.e.output == "name" {
+		if m.e.output == "name" && !m.alone {
 			break
 		}
 	}
@@ -164,16 +165,27 @@ func (m *merged) take(ordinal int, p piece) {
 // The codes of what is said where rows are missing.
 const rowsCut = "rows_cut"
 
-func cutTenant(limit int) *reportedError {
-	return &reportedError{Code: rowsCut, Message: fmt.Sprintf("only the first %d rows of this tenant", limit), Hint: "raise --limit, or write 0 for no bound"}
+func (m *merged) cutTenant(limit int) *reportedError {
+	return m.cutAfter(fmt.Sprintf("only the first %d rows", limit), "raise --limit, or write 0 for no bound")
 }
 
-func cutBytes() *reportedError {
-	return &reportedError{Code: rowsCut, Message: fmt.Sprintf("only the first %d MiB of this tenant", tenantBytes>>20), Hint: "select fewer columns"}
+func (m *merged) cutBytes() *reportedError {
+	return m.cutAfter(fmt.Sprintf("only the first %d MiB", tenantBytes>>20), "select fewer columns")
 }
 
-func cutAll(most int) *reportedError {
-	return &reportedError{Code: rowsCut, Message: fmt.Sprintf("only the first %d rows of all tenants", most), Hint: "raise --max-rows, or write 0 for no bound"}
+func (m *merged) cutAfter(message, hint string) *reportedError {
+	if !m.alone {
+		message += " of this tenant"
+	}
+	return &reportedError{Code: rowsCut, Message: message, Hint: hint}
+}
+
+func (m *merged) cutAll() *reportedError {
+	message := fmt.Sprintf("only the first %d rows", m.max)
+	if !m.alone {
+		message += " of all tenants"
+	}
+	return &reportedError{Code: rowsCut, Message: message, Hint: "raise --max-rows, or write 0 for no bound"}
 }
 
 // write writes one row and what stands between it and the one before.
@@ -196,7 +208,7 @@ func (m *merged) write(row []byte) {
 
 func (m *merged) heading() []byte {
 	var b bytes.Buffer
-	for i, c := range slices.Concat([]string{"tenant"}, m.columns, []string{"error"}) {
+	for i, c := range slices.Concat(m.first("tenant"), m.columns, []string{"error"}) {
 		if i > 0 {
 			b.WriteByte(',')
 		}
@@ -204,6 +216,14 @@ func (m *merged) heading() []byte {
 	}
 	b.WriteByte('\n')
 	return b.Bytes()
+}
+
+// first is what stands before the columns, where there are tenants.
+func (m *merged) first(s string) []string {
+	if m.alone {
+		return nil
+	}
+	return []string{s}
 }
 
 // end writes what is left, and what a result without rows consists of.
@@ -238,7 +258,7 @@ func (m *merged) end() error {
 // flush writes the table.
 func (m *merged) flush() error {
 	w := tabwriter.NewWriter(m.e.out, 0, 4, 2, ' ', 0)
-	heading := slices.Concat([]string{"TENANT"}, m.columns)
+	heading := slices.Concat(m.first("TENANT"), m.columns)
 	for i, h := range heading {
 		heading[i] = text(strings.ToUpper(h))
 	}
@@ -256,7 +276,7 @@ func (m *merged) flush() error {
 			}
 		}
 		if p.told != nil {
-			fmt.Fprintf(w, "%s%s\t%s\n", text(p.tenant), strings.Repeat("\t", len(m.columns)), text(p.told))
+			fmt.Fprintf(w, "%s\t%s\n", strings.Join(append(m.first(text(p.tenant)), make([]string, len(m.columns))...), "\t"), text(p.told))
 		}
 	}
 	return w.Flush()
@@ -267,24 +287,29 @@ func (m *merged) encode(tenant string, cells []cell, told *reportedError) []byte
 	var b bytes.Buffer
 	switch m.e.output {
 	case "csv":
-		csvField(&b, tenant)
-		for i := range m.columns {
+		for _, t := range m.first(tenant) {
+			csvField(&b, t)
 			b.WriteByte(',')
+		}
+		for i := range m.columns {
 			if i < len(cells) && cells[i].json != nil {
 				csvField(&b, cells[i].text)
 			}
+			b.WriteByte(',')
 		}
-		b.WriteByte(',')
 		if told != nil {
 			csvField(&b, told.Message)
 		}
 	case "table":
-		b.WriteString(text(tenant))
+		fields := m.first(text(tenant))
 		for _, c := range cells {
-			b.WriteString("\t" + text(c.text))
+			fields = append(fields, text(c.text))
 		}
+		b.WriteString(strings.Join(fields, "\t"))
 	case "name":
-		b.WriteString(tenant)
+		if b.WriteString(tenant); m.alone && len(cells) > 0 {
+			b.WriteString(text(cells[0].text))
+		}
 	case "yaml":
 		row, err := yaml.Marshal(yamlRow(m.keys(tenant, cells, told)))
 		if err != nil { // a value that YAML cannot hold
@@ -317,7 +342,10 @@ type keyed struct {
 
 // keys are a row's keys and values: the tenant first.
 func (m *merged) keys(tenant string, cells []cell, told *reportedError) []keyed {
-	all := []keyed{{"tenant", stringCell(tenant).json}}
+	var all []keyed
+	for _, t := range m.first(tenant) {
+		all = append(all, keyed{"tenant", stringCell(t).json})
+	}
 	for i, c := range cells {
 		if c.json == nil {
 			c.json = json.RawMessage("null")
@@ -420,8 +448,8 @@ func told(err error) *reportedError {
 }
 
 // uniqueKeys are column names as the keys of a row: none twice, and none that a merged result has itself.
-func uniqueKeys(names []string) []string {
-	taken := map[string]bool{"tenant": true, "error": true}
+func (m *merged) uniqueKeys(names []string) []string {
+	taken := map[string]bool{"tenant": !m.alone, "error": true}
 	keys := make([]string, len(names))
 	for i, name := range names {
 		key := name

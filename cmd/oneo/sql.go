@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/spf13/cobra"
@@ -38,6 +39,7 @@ type sqlOptions struct {
 	file     string
 	write    bool
 	rehearse bool
+	shared   bool
 	limit    int
 	maxRows  int
 	askOptions
@@ -58,12 +60,15 @@ rows, in one transaction for each tenant and once for each, also when the run is
 --rehearse does the same, says how many rows, and rolls back. Changes of tables belong in a migration.
 
 The run is stored with the statement's text, and with counts of rows, never with what was read: see
-` + "`oneo migrate run`" + `. The shared schema is reached by ` + "`oneo psql --shared`" + `. In csv, null is an empty field
-and an empty string is "". Times are in UTC.`,
+` + "`oneo migrate run`" + `. In csv, null is an empty field and an empty string is "". Times are in UTC.
+
+With --shared the statement runs once, in the shared schema and with the rights of the app role: reading
+is the default there too, and its result has no tenant in front. It is no run; the audit trail has it.`,
 		Example: `  oneo sql --all-tenants 'select count(*) as users from users'
   oneo sql -t 'shop-*' -o csv 'select id, email from users where disabled_at is null' > users.csv
   oneo sql --all-tenants --rehearse "update users set email = lower(email) where email <> lower(email)"
-  oneo sql --all-tenants --write --canary 3 -f mend.sql`,
+  oneo sql --all-tenants --write --canary 3 -f mend.sql
+  oneo sql --shared 'select state, count(*) from tenants group by state'`,
 		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			statement, err := o.statement(e, args)
@@ -76,6 +81,7 @@ and an empty string is "". Times are in UTC.`,
 	o.bind(cmd, e, "show which tenants would be asked, and ask none")
 	f := cmd.Flags()
 	f.StringVarP(&o.file, "file", "f", "", "read the statement from `FILE`")
+	f.BoolVar(&o.shared, "shared", false, "the shared schema, instead of tenants")
 	f.BoolVar(&o.write, "write", false, "change rows")
 	f.BoolVar(&o.rehearse, "rehearse", false, "change rows, count them and roll back")
 	f.IntVar(&o.limit, "limit", 1000, "show so many rows of each tenant; 0: all")
@@ -150,6 +156,9 @@ func runSQL(ctx context.Context, e *env, o sqlOptions, statement string) error {
 	}
 	if o.limit < 0 || o.maxRows < 0 {
 		return errUsage{fault.New(fault.Invalid, "--limit and --max-rows must not be below 0")}
+	}
+	if o.shared {
+		return runSharedSQL(ctx, e, o, mode, statement)
 	}
 	spec, err := o.spec(rollout.Spec{Kind: kindSQL, Actor: e.actor(), Join: mode == sqlWrite})
 	if err != nil {
@@ -280,7 +289,7 @@ func (s *sqlRun) keys(columns []sqlColumn) []string {
 	for i, c := range columns {
 		names[i] = c.Name
 	}
-	return uniqueKeys(names)
+	return s.m.uniqueKeys(names)
 }
 
 func (s *sqlRun) counts(columns []sqlColumn) bool { return s.Mode == sqlRehearse || len(columns) == 0 }
@@ -331,17 +340,29 @@ func (s *sqlRun) do(ctx context.Context, task rollout.Task) rollout.Outcome {
 	case s.m.unread():
 		return skip(&reportedError{Code: "unread", Message: "nobody reads the result any more"})
 	case s.m.full(task.Ordinal):
-		return skip(cutAll(s.MaxRows))
+		return skip(s.m.cutAll())
 	}
 	t, err := taskTenant(task)
 	if err != nil {
 		return rollout.Outcome{Err: err}
 	}
 	t.Schema = t.Slug.Schema() // the binding asks the placement
+	res, err := s.ask(task.Slug, task.Run, func(st postgres.Statement) (postgres.StatementResult, error) { return s.a.DB.AsTenant(ctx, t, st) })
+	if err != nil {
+		if why := notServed(err); why != nil {
+			return skip(why)
+		}
+		return rollout.Outcome{Err: statementFault(err, s.Timeout)}
+	}
+	return rollout.Outcome{Status: fleet.OK, Result: res}
+}
+
+// ask runs the statement once, as run does it, and keeps what it answers. mark is the run whose change it is.
+func (s *sqlRun) ask(name string, mark uuid.UUID, run func(postgres.Statement) (postgres.StatementResult, error)) (*sqlResult, error) {
 	var columns []sqlColumn
 	var oids []uint32
 	var types *pgtype.Map
-	rows := piece{tenant: task.Slug}
+	rows := piece{tenant: name}
 	st := postgres.Statement{
 		SQL: s.Statement, Write: s.Mode != sqlRead, Rehearse: s.Mode == sqlRehearse, Timeout: s.Timeout, Limit: s.Limit,
 		Columns: func(cs []postgres.Column) error {
@@ -356,40 +377,37 @@ func (s *sqlRun) do(ctx context.Context, task rollout.Task) rollout.Outcome {
 			case s.counts(columns) || rows.told != nil:
 				return nil
 			case s.Limit > 0 && len(rows.rows) == s.Limit: // a writing statement is not left alone
-				rows.told = cutTenant(s.Limit)
+				rows.told = s.m.cutTenant(s.Limit)
 				return nil
 			case rows.bytes > tenantBytes:
-				rows.told = cutBytes()
+				rows.told = s.m.cutBytes()
 				return nil
 			}
 			cells := make([]cell, len(values))
 			for i, v := range values {
 				cells[i] = valueOf(types, oids[i], v)
 			}
-			row := s.m.encode(task.Slug, cells, nil)
+			row := s.m.encode(name, cells, nil)
 			rows.rows, rows.bytes = append(rows.rows, row), rows.bytes+len(row)
 			return nil
 		},
 	}
 	if s.Mode == sqlWrite {
-		st.Mark = task.Run
+		st.Mark = mark
 	}
-	res, err := s.a.DB.AsTenant(ctx, t, st)
+	res, err := run(st)
 	if err != nil {
-		if why := notServed(err); why != nil {
-			return skip(why)
-		}
-		return rollout.Outcome{Err: statementFault(err, s.Timeout)}
+		return nil, err
 	}
 	switch {
 	case res.Before && !s.counted():
 		rows.told = &reportedError{Code: "done_before", Message: fmt.Sprintf("%d row(s) were changed by an earlier attempt, which had their values", res.Rows)}
 	case res.Before, s.counts(columns):
-		rows.rows = [][]byte{s.m.encode(task.Slug, []cell{numberCell(res.Rows)}, nil)}
+		rows.rows = [][]byte{s.m.encode(name, []cell{numberCell(res.Rows)}, nil)}
 	case res.Cut:
-		rows.told = cutTenant(s.Limit)
+		rows.told = s.m.cutTenant(s.Limit)
 	}
-	return rollout.Outcome{Status: fleet.OK, Result: &sqlResult{StatementResult: res, rows: rows}}
+	return &sqlResult{StatementResult: res, rows: rows}, nil
 }
 
 // counted reports whether the result is a count, as far as any tenant has told.

@@ -98,6 +98,36 @@ func (db *DB) AsTenant(ctx context.Context, t tenant.Tenant, s Statement) (done 
 	return done, err
 }
 
+// AsShared runs one statement of an operator's on the shared schema of the main group, with the rights of the app role.
+// It has no mark: it is one transaction, and whoever sends it again means it. Faults are those of InShared; what
+// PostgreSQL said of the statement itself is in the chain of the error.
+func (db *DB) AsShared(ctx context.Context, s Statement) (done StatementResult, err error) {
+	if err := CheckStatement(s.SQL); err != nil {
+		return done, err
+	}
+	access := Read
+	if s.Write && !s.Describe {
+		access = Write
+	}
+	s.Mark = uuid.Nil
+	if s.Timeout > 0 { // as in AsTenant
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, s.Timeout+db.opts.AcquireTimeout+10*time.Second)
+		defer cancel()
+	}
+	err = db.InShared(ctx, access, func(tx *Tx) error {
+		if _, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.set_config('search_path', 'public, ext, pg_temp', true)`, outsideTx); err != nil {
+			return err
+		}
+		done, err = tx.statement(ctx, s)
+		return err
+	})
+	if errors.Is(err, errRehearsed) {
+		err = nil
+	}
+	return done, err
+}
+
 func (tx *Tx) statement(ctx context.Context, s Statement) (done StatementResult, err error) {
 	c := tx.conn.Conn()
 	// Of a session they are the server's and differ; of the result's text they must not.

@@ -306,3 +306,53 @@ func TestProgram(t *testing.T) {
 		requireFault(t, err, fault.Gone, "tenant_gone")
 	}
 }
+
+// An operator's statement on the shared schema has the app role's rights, reads unless it is told otherwise, and leaves
+// nothing on the connection.
+func TestAsShared(t *testing.T) {
+	t.Parallel()
+	for _, statements := range []postgres.Statements{postgres.Prepared, postgres.Unprepared} {
+		t.Run(string(statements), func(t *testing.T) {
+			t.Parallel()
+			env := pgtest.New(t, func(o *postgres.Options) { o.SharedConns, o.Statements = 1, statements })
+			env.Tenant(t, "acme")
+			ctx := t.Context()
+			read := func(sql string) (values []string) {
+				_, err := env.DB.AsShared(ctx, postgres.Statement{SQL: sql, Row: func(row [][]byte) error {
+					values = append(values, string(row[0]))
+					return nil
+				}})
+				require.NoError(t, err)
+				return values
+			}
+			const change = `update tenants set settings = '{"a": 1}'`
+			require.Equal(t, []string{"oneo_app"}, read(`select current_user`))
+			_, err := env.DB.AsShared(ctx, postgres.Statement{SQL: change})
+			requireState(t, err, "25006", "reading")
+			_, err = env.DB.AsShared(ctx, postgres.Statement{SQL: `delete from tenants`, Write: true})
+			requireState(t, err, "42501", "no right of the app role's")
+			for _, sql := range []string{`set role oneo_owner`, `commit`, `select set_config('role', 'x', false)`, ``} {
+				_, err = env.DB.AsShared(ctx, postgres.Statement{SQL: sql, Write: true})
+				require.Truef(t, fault.Is(err, fault.Invalid), "%q: %v", sql, err)
+			}
+			done, err := env.DB.AsShared(ctx, postgres.Statement{SQL: change, Write: true, Rehearse: true})
+			require.NoError(t, err)
+			require.Equal(t, int64(1), done.Rows)
+			require.Equal(t, []string{"0"}, read(`select count(*) from tenants where settings ? 'a'`))
+			_, err = env.DB.AsShared(ctx, postgres.Statement{SQL: change, Write: true, Mark: uuid.New()})
+			require.NoError(t, err)
+			require.Equal(t, []string{"1"}, read(`select count(*) from tenants where settings ? 'a'`))
+			_, err = env.DB.AsShared(ctx, postgres.Statement{SQL: `select pg_sleep(60)`, Timeout: 100 * time.Millisecond})
+			requireState(t, err, "57014", "a slow statement")
+			done, err = env.DB.AsShared(ctx, postgres.Statement{SQL: `select generate_series(1, 9)`, Limit: 4})
+			require.NoError(t, err)
+			require.Equal(t, postgres.StatementResult{Rows: 4, Cut: true}, done)
+			require.NoError(t, env.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error {
+				var path, zone string
+				err := tx.QueryRow(ctx, `select current_setting('search_path'), current_setting('timezone')`).Scan(&path, &zone)
+				require.Empty(t, strings.Trim(path, `"`))
+				return err
+			}))
+		})
+	}
+}
