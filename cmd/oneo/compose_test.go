@@ -165,7 +165,7 @@ func TestComposeRedisLetsOneoDoItsWork(t *testing.T) {
 	c, err := cache.Open(cache.Options{URL: url, Timeout: 2 * time.Second})
 	require.NoError(t, err)
 	defer c.Close()
-	require.Eventually(t, func() bool { return c.Ping(t.Context()) == nil }, 20*time.Second, 20*time.Millisecond, "Redis does not start, or does not let oneo in")
+	require.Eventually(t, func() bool { return c.Ping(t.Context()) == nil }, time.Minute, 20*time.Millisecond, "Redis does not start, or does not let oneo in")
 	heard := make(chan string, 1)
 	c.OnMessage(func(m cache.Message) { heard <- m.Value })
 	ctx, stop := context.WithCancel(t.Context())
@@ -190,7 +190,7 @@ func TestComposeRedisLetsOneoDoItsWork(t *testing.T) {
 	defer client.Close()
 	require.Eventually(t, func() bool { // whom the listener's subscription reaches, its own process does not need
 		return client.Publish(ctx, "oneo:invalidate", "kind other").Val() == 1
-	}, 20*time.Second, 20*time.Millisecond, "the listener may not subscribe")
+	}, time.Minute, 20*time.Millisecond, "the listener may not subscribe")
 	require.Equal(t, "other", <-heard)
 	for _, command := range []string{"flushall", "flushdb", "keys *", "config get *", "scan 0", "monitor", "shutdown", "acl list", "script flush", "del " + key.String(), "subscribe elsewhere", "replicaof no one"} {
 		var words []any

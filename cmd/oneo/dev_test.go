@@ -76,7 +76,7 @@ func startDev(t *testing.T, dir string) *devProcess {
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	require.NoError(t, p.cmd.Start())
 	t.Cleanup(func() { _ = p.cmd.Process.Kill() })
-	require.Eventually(t, func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C stops") }, 90*time.Second, 20*time.Millisecond,
+	require.Eventually(t, func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C stops") }, time.Minute, 20*time.Millisecond,
 		"dev did not get ready:\n%s", p.stderr)
 	return p
 }

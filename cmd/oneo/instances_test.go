@@ -67,7 +67,7 @@ func TestInstancesHearOfChanges(t *testing.T) {
 			require.Eventuallyf(t, func() bool {
 				got, _ = s.do(t, "GET", host, "/api/v1/me", token, "")
 				return got == want
-			}, 20*time.Second, 20*time.Millisecond, "instance %d, %s: %s; last answer %d, want %d", i+1, host, why, got, want)
+			}, pgtest.Patience, 20*time.Millisecond, "instance %d, %s: %s; last answer %d, want %d", i+1, host, why, got, want)
 		}
 	}
 	both("acme.localhost", http.StatusOK, "served")
@@ -150,7 +150,7 @@ func TestServeEndsUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	require.Eventually(t, func() bool { return made.Load() > 50 }, 30*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return made.Load() > 50 }, pgtest.Patience, time.Millisecond)
 	require.NoError(t, s.cmd.Process.Signal(syscall.SIGTERM))
 	require.NoError(t, s.cmd.Wait(), s.logs)
 	close(stop)

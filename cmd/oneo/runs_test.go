@@ -164,7 +164,7 @@ func TestInterruptedRunIsResumed(t *testing.T) {
 	logs := &buffer{}
 	cmd.Stderr = logs
 	require.NoError(t, cmd.Start())
-	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"status":"ok"`) }, time.Minute, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"status":"ok"`) }, pgtest.Patience, 5*time.Millisecond)
 	require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
 	require.Error(t, cmd.Wait())
 	require.Equal(t, exitInterrupted, cmd.ProcessState.ExitCode(), logs.String())
@@ -199,14 +199,14 @@ func TestBusyTenantDoesNotHoldUpARun(t *testing.T) {
 	logs := &buffer{}
 	cmd.Stderr = logs
 	require.NoError(t, cmd.Start())
-	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, time.Minute, 10*time.Millisecond, "the tenant is set aside")
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, pgtest.Patience, 10*time.Millisecond, "the tenant is set aside")
 	require.Eventually(t, func() bool {
 		var done int
 		if err := p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = $1`, version).Scan(&done); err != nil {
 			return false
 		}
 		return done == 19
-	}, time.Minute, 10*time.Millisecond, "the others are done meanwhile")
+	}, pgtest.Patience, 10*time.Millisecond, "the others are done meanwhile")
 	longest := time.Duration(0)
 	other := pgtest.Admin(t, p.env.AdminURL)
 	for until := time.Now().Add(2 * time.Second); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {

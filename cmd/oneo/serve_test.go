@@ -96,7 +96,7 @@ func serve(t *testing.T, env *pgtest.Env, extra ...string) *served {
 		}
 		defer res.Body.Close()
 		return res.StatusCode == http.StatusOK
-	}, 30*time.Second, 20*time.Millisecond, "serve did not get ready")
+	}, pgtest.Patience, 20*time.Millisecond, "serve did not get ready")
 	return s
 }
 
@@ -143,13 +143,13 @@ func TestServe(t *testing.T) {
 	env := pgtest.New(t)
 	token := adminToken(t, env)
 	s := serve(t, env)
-	require.Eventually(t, func() bool { return instances(t, env) == 1 }, 10*time.Second, 50*time.Millisecond)
+	require.Eventually(t, func() bool { return instances(t, env) == 1 }, pgtest.Patience, 50*time.Millisecond)
 	status, body := s.do(t, "POST", "localhost", "/api/v1/admin/tenants", token, `{"slug":"acme"}`)
 	require.Equal(t, http.StatusAccepted, status, body)
 	require.Eventually(t, func() bool {
 		status, _ := s.do(t, "GET", "acme.localhost", "/api/v1/me", "", "")
 		return status == http.StatusUnauthorized
-	}, 20*time.Second, 50*time.Millisecond, "the tenant is not served")
+	}, pgtest.Patience, 50*time.Millisecond, "the tenant is not served")
 	status, _ = s.do(t, "GET", "globex.localhost", "/api/v1/me", "", "")
 	require.Equal(t, http.StatusNotFound, status)
 

@@ -106,7 +106,7 @@ func TestUndoSetsABusyTenantAside(t *testing.T) {
 	logs, out := &buffer{}, &buffer{}
 	cmd.Stderr, cmd.Stdout = logs, out
 	require.NoError(t, cmd.Start())
-	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, time.Minute, 10*time.Millisecond, "the tenant is set aside")
+	require.Eventually(t, func() bool { return strings.Contains(logs.String(), `"event":"busy"`) }, pgtest.Patience, 10*time.Millisecond, "the tenant is set aside")
 	_, err = writer.Exec(t.Context(), `commit`)
 	require.NoError(t, err)
 	require.NoError(t, cmd.Wait(), logs.String())
@@ -178,6 +178,6 @@ func TestServedWhileTakenBack(t *testing.T) {
 	serve(t, p.env)
 	require.Eventually(t, func() bool {
 		return p.admin.QueryRow(t.Context(), `select count(*) from public.undo_points`).Scan(&points) == nil && points == 0
-	}, 20*time.Second, 20*time.Millisecond, "a server drops what has expired")
+	}, pgtest.Patience, 20*time.Millisecond, "a server drops what has expired")
 	p.env.Invariants(t)
 }

@@ -138,7 +138,7 @@ func serve(t *testing.T, a *app.App) string {
 // usable waits until a process asks Redis again.
 func usable(t *testing.T, a *app.App) {
 	t.Helper()
-	require.Eventually(t, func() bool { return a.Cache.Stats().Breaker != "open" }, 15*time.Second, 10*time.Millisecond, "the breaker stays open")
+	require.Eventually(t, func() bool { return a.Cache.Stats().Breaker != "open" }, pgtest.Patience, 10*time.Millisecond, "the breaker stays open")
 }
 
 // A tenant is suspended while its process cannot reach Redis, which still has it as active.
@@ -164,7 +164,7 @@ func TestAChangeThatRedisMissedIsNotReadFromIt(t *testing.T) {
 	w.set(false)
 	usable(t, here)
 	require.Equal(t, tenant.Suspended, state(here))
-	require.Eventually(t, func() bool { return state(here) == tenant.Suspended && state(there) == tenant.Suspended }, 15*time.Second, 20*time.Millisecond,
+	require.Eventually(t, func() bool { return state(here) == tenant.Suspended && state(there) == tenant.Suspended }, pgtest.Patience, 20*time.Millisecond,
 		"Redis is never told")
 }
 
@@ -185,7 +185,7 @@ func TestALogoutThatRedisMissedRevivesNobody(t *testing.T) {
 	require.Equal(t, http.StatusUnauthorized, do(t, a, "GET", "/api/v1/me", token), "whoever ended it takes it for good")
 	require.Eventually(t, func() bool {
 		return do(t, a, "GET", "/api/v1/me", token) == http.StatusUnauthorized && do(t, b, "GET", "/api/v1/me", token) == http.StatusUnauthorized
-	}, 15*time.Second, 20*time.Millisecond, "another process takes it for good for as long as Redis does")
+	}, pgtest.Patience, 20*time.Millisecond, "another process takes it for good for as long as Redis does")
 }
 
 // F81: what one instance or a command ends is refused by the others at once, whatever they would remember by themselves.
@@ -202,7 +202,7 @@ func TestInstancesTellEachOtherWhatHasEnded(t *testing.T) {
 	both := func(host, token string, want int, why string) {
 		t.Helper()
 		for _, addr := range addrs {
-			require.Eventually(t, func() bool { got, _ := ask(t, addr, "GET", host, "/api/v1/me", token, ""); return got == want }, 15*time.Second, 10*time.Millisecond, why)
+			require.Eventually(t, func() bool { got, _ := ask(t, addr, "GET", host, "/api/v1/me", token, ""); return got == want }, pgtest.Patience, 10*time.Millisecond, why)
 		}
 	}
 	for host, tn := range map[string]tenant.Tenant{"acme.localhost": acme, "localhost": {}} {
@@ -336,11 +336,11 @@ func TestServeKeepsThePool(t *testing.T) {
 		require.NoError(t, err)
 		return counts[0].Ready == 2
 	}
-	require.Eventually(t, full, 20*time.Second, 20*time.Millisecond, "the pool is not filled")
+	require.Eventually(t, full, pgtest.Patience, 20*time.Millisecond, "the pool is not filled")
 	made, err := command.Provision.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "acme"), Actor: "test"})
 	require.NoError(t, err)
 	require.EqualValues(t, 1, made.Number, "the tenant has taken the first spare")
-	require.Eventually(t, full, 20*time.Second, 20*time.Millisecond, "the pool is not filled again, though another process has taken the spare")
+	require.Eventually(t, full, pgtest.Patience, 20*time.Millisecond, "the pool is not filled again, though another process has taken the spare")
 	h, err := tenant.ParseHost("acme.localhost")
 	require.NoError(t, err)
 	got, err := a.Resolver.Resolve(t.Context(), h)

@@ -545,7 +545,7 @@ func TestRelations(t *testing.T) {
 // wait polls until ok holds.
 func wait(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); {
+	for deadline := time.Now().Add(pgtest.Patience); !ok(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain until %s", what)
 		}

@@ -135,6 +135,6 @@ func TestServersEndWithTheirParent(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, cmd.Process.Kill())
 	_ = cmd.Wait() // killed
-	require.Eventually(t, func() bool { return syscall.Kill(pid, 0) != nil }, 20*time.Second, 20*time.Millisecond,
+	require.Eventually(t, func() bool { return syscall.Kill(pid, 0) != nil }, time.Minute, 20*time.Millisecond,
 		"PostgreSQL (pid %d) outlived the process that started it", pid)
 }

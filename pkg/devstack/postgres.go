@@ -98,11 +98,18 @@ func StartPostgres(ctx context.Context, o PostgresOptions) (*Postgres, error) {
 	if err := p.running(); err != nil {
 		return nil, err
 	}
-	if err := p.choosePort(); err != nil {
-		return nil, err
+	for attempt := 1; ; attempt++ {
+		if err := p.choosePort(); err != nil {
+			return nil, err
+		}
+		if err = p.startPatiently(ctx); !portLost(err) || o.Port != 0 || attempt == portTries {
+			return p, err
+		}
 	}
-	return p, p.startPatiently(ctx)
 }
+
+// portTries is how often a server is started whose free port was taken by somebody else before it had it.
+const portTries = 5
 
 // startPatiently starts the server, and again while the backends of one that was killed are still ending.
 func (p *Postgres) startPatiently(ctx context.Context) error {
@@ -228,7 +235,7 @@ func (p *Postgres) choosePort() error {
 		}
 	}
 	var err error
-	if p.port, err = freePort(); err != nil {
+	if p.port, err = FreePort(); err != nil {
 		return err
 	}
 	return os.WriteFile(p.lastPort(), []byte(strconv.Itoa(p.port)+"\n"), 0o600)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -91,8 +93,14 @@ func (p *process) ended() bool {
 	}
 }
 
-// freePort finds a port of the loopback that nobody listens on.
-func freePort() (int, error) {
+// FreePort finds a port of the loopback that nobody listens on. It looks below those that the system gives out by itself:
+// anybody's next connection may take one of these, while a server is still starting or is away between two starts.
+func FreePort() (int, error) {
+	for range 100 {
+		if n := 10_000 + rand.IntN(10_000); portFree(n) {
+			return n, nil
+		}
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return 0, fmt.Errorf("find a free port: %w", err)
@@ -187,6 +195,11 @@ func tail(path string) string {
 		return ""
 	}
 	return string(text)
+}
+
+// portLost reports whether a server did not start because somebody else was faster to take its port.
+func portLost(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "Address already in use")
 }
 
 func portFree(port int) bool {

@@ -43,15 +43,19 @@ type Redis struct {
 // StartRedis starts redis-server, or, where it is not installed, one inside this process that keeps nothing. It returns
 // when the server answers.
 func StartRedis(ctx context.Context, o RedisOptions) (*Redis, error) {
-	r := &Redis{opts: o, port: o.Port}
-	if err := r.recall(); err != nil {
-		return nil, err
+	path, absent := exec.LookPath("redis-server")
+	for attempt := 1; ; attempt++ {
+		r := &Redis{opts: o, port: o.Port}
+		if err := r.recall(); err != nil {
+			return nil, err
+		}
+		if absent != nil {
+			return r, r.startInside()
+		}
+		if err := r.start(ctx, path); !portLost(err) || o.Port != 0 || attempt == portTries {
+			return r, err
+		}
 	}
-	path, err := exec.LookPath("redis-server")
-	if err != nil {
-		return r, r.startInside()
-	}
-	return r, r.start(ctx, path)
 }
 
 // recall chooses port and password: with Keep those of the last start, so that what was told of them stays true.
@@ -73,7 +77,7 @@ func (r *Redis) recall() error {
 	r.password = hex.EncodeToString(b)
 	if r.port == 0 {
 		var err error
-		if r.port, err = freePort(); err != nil {
+		if r.port, err = FreePort(); err != nil {
 			return err
 		}
 	}
@@ -135,7 +139,7 @@ func (r *Redis) start(ctx context.Context, path string) error {
 	if r.process, err = startProcess(cmd, syscall.SIGTERM); err != nil {
 		return fmt.Errorf("start Redis: %w", err)
 	}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(60 * time.Second)
 	for !r.answers() {
 		if r.process.ended() || time.Now().After(deadline) {
 			_ = r.process.stop(ctx, time.Second, syscall.SIGTERM) // the reason is told already

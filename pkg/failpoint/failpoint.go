@@ -6,6 +6,7 @@ package failpoint
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -44,7 +45,7 @@ var armed = sync.OnceValues(func() (map[string]string, error) {
 // hits counts how often each place has been passed that acts from a certain time on.
 var hits sync.Map // name -> *atomic.Int64
 
-// parse reads "name=action[,name=action]"; actions are exit, error, panic and sleep:DURATION. Behind @N an action waits
+// parse reads "name=action[,name=action]"; actions are exit, error, panic and wait:FILE. Behind @N an action waits
 // for the N-th time that the process comes by: exit@20.
 func parse(spec string) (map[string]string, error) {
 	places := map[string]string{}
@@ -61,7 +62,7 @@ func parse(spec string) (map[string]string, error) {
 	return places, nil
 }
 
-// Hit does what the environment says for the place: nothing, return ErrInjected, panic, sleep, or leave the process
+// Hit does what the environment says for the place: nothing, return ErrInjected, panic, wait until a file is there, or leave the process
 // at once without any clean-up, as kill -9 would.
 func Hit(name string) error {
 	places, err := armed()
@@ -90,14 +91,19 @@ func Hit(name string) error {
 		return fmt.Errorf("%s: %w", name, ErrInjected)
 	case action == "panic":
 		panic("failpoint " + name)
-	case strings.HasPrefix(action, "sleep:"):
-		d, err := time.ParseDuration(strings.TrimPrefix(action, "sleep:"))
-		if err != nil {
-			return fmt.Errorf("ONEO_FAILPOINTS: %s: %w", name, err)
+	case strings.HasPrefix(action, "wait:"):
+		for {
+			_, err := os.Stat(strings.TrimPrefix(action, "wait:"))
+			if err == nil {
+				return nil
+			}
+			if !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("ONEO_FAILPOINTS: %s: %w", name, err)
+			}
+			time.Sleep(5 * time.Millisecond)
 		}
-		time.Sleep(d)
 	default:
-		return fmt.Errorf("ONEO_FAILPOINTS: %s: unknown action %q (exit, error, panic, sleep:DURATION)", name, action)
+		return fmt.Errorf("ONEO_FAILPOINTS: %s: unknown action %q (exit, error, panic, wait:FILE)", name, action)
 	}
 	return nil
 }

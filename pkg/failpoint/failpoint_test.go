@@ -37,7 +37,7 @@ func TestHit(t *testing.T) {
 	t.Parallel()
 	name := failpoint.All[0]
 	for spec, want := range map[string]int{
-		"": 0, name + "=exit": 137, name + "=panic": 3, name + "=error": 4, name + "=sleep:1ms": 0, name + "=sleep:x": 4, name + "=nonsense": 4,
+		"": 0, name + "=exit": 137, name + "=panic": 3, name + "=error": 4, name + "=wait:" + os.Args[0]: 0, name + "=wait:" + os.Args[0] + "/x": 4, name + "=nonsense": 4,
 		name + "=exit@1": 137, name + "=exit@2": 0, name + "=exit@x": 4,
 		"no.such.place=exit": 4, name: 4, failpoint.All[1] + "=exit": 0, failpoint.All[1] + "=error," + name + "=exit": 137,
 	} {

@@ -53,6 +53,7 @@ type task struct {
 
 func (k task) child() error {
 	o := postgres.DefaultOptions()
+	pgtest.Patient(&o)
 	o.Groups, o.Secret, o.OwnerConns = k.Groups, pgtest.Secret, 2
 	db, err := postgres.Open(o)
 	if err != nil {
@@ -113,7 +114,7 @@ create index concurrently things_n on only things (n) where n > 0;
 	run := func(v int) func(context.Context, *postgres.OwnerTx) error {
 		return func(ctx context.Context, tx *postgres.OwnerTx) error { return tx.Script(ctx, note(v)) }
 	}
-	return migrate.Options{Files: schemas.Files, Tenant: fs, LockWait: 20 * time.Second, Funcs: []migrate.Func{
+	return migrate.Options{Files: schemas.Files, Tenant: fs, LockWait: pgtest.Patience, Funcs: []migrate.Func{
 		{Version: 7, Name: "in_go", Key: "1", Up: run(7), Down: run(-7)},
 	}}
 }
@@ -274,7 +275,7 @@ func TestInvalidIndexIsMadeAgain(t *testing.T) {
 		failed <- err
 	}()
 	invalid := `select c.relname::text from pg_index join pg_class c on c.oid = indexrelid where not indisvalid and relnamespace = 'acme'::regnamespace`
-	require.Eventually(t, func() bool { return slices.Equal(k.lines(t, invalid), []string{"things_n"}) }, 30*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return slices.Equal(k.lines(t, invalid), []string{"things_n"}) }, pgtest.Patience, 20*time.Millisecond)
 	require.Equal(t, []string{"true"}, k.lines(t, `select pg_terminate_backend(pid)::text from pg_stat_activity where datname = current_database() and query ilike '%create index concurrently%' and pid <> pg_backend_pid()`))
 	require.Error(t, <-failed)
 	require.Equal(t, []string{"things_n"}, k.lines(t, invalid))

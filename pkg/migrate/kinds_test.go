@@ -140,7 +140,7 @@ func (s *steps) put(name, sql string) { s.fs[name] = &fstest.MapFile{Data: []byt
 
 func (s *steps) migrator(t *testing.T, change ...func(*migrate.Options)) *migrate.Migrator {
 	t.Helper()
-	o := migrate.Options{Files: schemas.Files, Tenant: s.fs, LockWait: 20 * time.Second}
+	o := migrate.Options{Files: schemas.Files, Tenant: s.fs, LockWait: pgtest.Patience}
 	for _, f := range change {
 		f(&o)
 	}
@@ -315,7 +315,7 @@ func TestDetachIsFinished(t *testing.T) {
 	m := s.migrator(t)
 	res, err := m.Tenant(ctx, s.a, migrate.TenantOptions{LockTimeout: 100 * time.Millisecond})
 	require.Truef(t, isLocked(err), "%v", err)
-	require.Less(t, res.Duration, 10*time.Second, "it must not be as patient as an index, for its lock is one that readers meet")
+	require.Less(t, res.Duration, pgtest.Patience/2, "it must not be as patient as an index, for its lock is one that readers meet")
 	require.Equal(t, "true", s.scalar(t, "select inhdetachpending from pg_inherits where inhrelid = 'q'::regclass"))
 	_, err = reader.Exec(ctx, `rollback`)
 	require.NoError(t, err)
@@ -445,7 +445,7 @@ func TestDown(t *testing.T) {
 	require.Equal(t, []int{4, 2, 2}, []int{res.From, res.To, len(res.Applied)})
 	require.Equal(t, "2 1,2", s.version(t))
 	require.Equal(t, "nullnull", s.scalar(t, "select coalesce(to_regclass('c')::text, 'null') || coalesce(to_regclass('d')::text, 'null')"))
-	nctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	nctx, cancel := context.WithTimeout(ctx, pgtest.Patience)
 	defer cancel()
 	n, err := listener.WaitForNotification(nctx)
 	require.NoError(t, err)

@@ -75,7 +75,7 @@ func TestLoad(t *testing.T) {
 // with is a migrator whose tenant migrations are these.
 func with(t *testing.T, db *postgres.DB, fs fstest.MapFS) *migrate.Migrator {
 	t.Helper()
-	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: fs, LockWait: 20 * time.Second})
+	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: fs, LockWait: pgtest.Patience})
 	require.NoError(t, err)
 	return m
 }

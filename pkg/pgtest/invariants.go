@@ -68,13 +68,13 @@ select format('I9: a connection rests in state %s', a.state) from pg_stat_activi
 where a.datname = current_database() and a.state like 'idle in transaction%'`
 
 // Invariants fails the test when registry, placements, schemas, roles and ledger do not agree. Call it when nothing is
-// at work; the backends of a killed process or a cancelled statement have five seconds to end. In a second group's
+// at work; the backends of a killed process or a cancelled statement are waited for. In a second group's
 // database, call it through Admin and Broken.
 func (env *Env) Invariants(t testing.TB) {
 	t.Helper()
 	admin := Admin(t, env.AdminURL)
 	found := Broken(t, admin)
-	for deadline := time.Now().Add(5 * time.Second); len(found) > 0 && time.Now().Before(deadline); found = Broken(t, admin) {
+	for deadline := time.Now().Add(30 * time.Second); len(found) > 0 && time.Now().Before(deadline); found = Broken(t, admin) {
 		pause := time.NewTimer(50 * time.Millisecond)
 		<-pause.C
 	}

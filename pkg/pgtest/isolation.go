@@ -36,7 +36,7 @@ func Isolation(t testing.TB, env *Env, o IsolationOptions) {
 	t.Helper()
 	ctx := context.Background()
 	if o.DB == nil {
-		o.DB, _, _ = env.Open(t, func(po *postgres.Options) { po.MaxConns = 3; po.InFlight = 3; po.AcquireTimeout = 10 * time.Second })
+		o.DB, _, _ = env.Open(t, func(po *postgres.Options) { po.MaxConns = 3; po.InFlight = 3; po.AcquireTimeout = Patience })
 	}
 	for i := len(o.Tenants); i < 3 && len(o.Tenants) != 2; i++ {
 		o.Tenants = append(o.Tenants, env.Tenant(t, fmt.Sprintf("canary-%d", i)))
@@ -282,7 +282,7 @@ union all
 select 'temporary schema ' || n.nspname from pg_namespace n where n.nspname ~ '^pg_temp'`
 	admin := Admin(t, env.AdminURL)
 	var found []string
-	for deadline := time.Now().Add(5 * time.Second); ; {
+	for deadline := time.Now().Add(30 * time.Second); ; {
 		rows, err := admin.Query(ctx, left)
 		if err != nil {
 			t.Fatalf("pgtest: look at connections: %v", err)

@@ -35,6 +35,10 @@ import (
 // Secret is the server secret of every test installation.
 const Secret = "pgtest-secret-that-is-long-enough-for-tests"
 
+// Patience is for how long a test may wait for what another process or another goroutine does. It is far more than
+// anything takes, so that only what never comes fails a test, on however busy a machine.
+const Patience = 2 * time.Minute
+
 // Logins is the number of sub-pools of every test installation.
 const Logins = 2
 
@@ -63,7 +67,7 @@ func Main(m *testing.M) {
 
 func (c *cluster) stop() {
 	if c.pg != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), Patience)
 		defer cancel()
 		_ = c.pg.Stop(ctx) // the folder goes anyway
 	}
@@ -86,11 +90,14 @@ func (c *cluster) make() error {
 	if err := os.Chmod(dir, 0o755); err != nil { // the server's own user must get through
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	c.pg, err = devstack.StartPostgres(ctx, devstack.PostgresOptions{
 		Dir: dir, Fast: true, Trust: true,
-		Settings: map[string]string{"max_connections": "200", "max_locks_per_transaction": "256", "max_prepared_transactions": "0"},
+		Settings: map[string]string{
+			"max_connections": "200", "max_locks_per_transaction": "256", "max_prepared_transactions": "0",
+			"autovacuum": "off", // whether it has come by, or is at a table just now, must not decide a test
+		},
 	})
 	if err != nil {
 		return fmt.Errorf("start PostgreSQL: %w", err)
@@ -135,7 +142,14 @@ func options(g postgres.Group) postgres.Options {
 	o.Groups = map[string]postgres.Group{postgres.MainGroup: g}
 	o.Secret = Secret
 	o.MaxConns, o.SharedConns, o.OwnerConns = 6, 3, 3
+	Patient(&o)
 	return o
+}
+
+// Patient sets the bounds of waiting that a busy machine would meet although nothing is wrong. Tests of these bounds set
+// their own.
+func Patient(o *postgres.Options) {
+	o.AcquireTimeout, o.ConnectTimeout, o.StatementTimeout = 30*time.Second, 30*time.Second, time.Minute
 }
 
 // Env is one test's installation: a database of its own with the shared schema at its head and no tenants.
@@ -158,7 +172,7 @@ func New(t testing.TB, change ...func(*postgres.Options)) *Env {
 	if err := shared.start(); err != nil {
 		t.Fatalf("pgtest: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	env := &Env{Database: fmt.Sprintf("test_%d", shared.serial.Add(1)), Server: shared.pg}
 	env.AdminURL = shared.pg.URL(env.Database)
@@ -195,7 +209,7 @@ func (env *Env) Open(t testing.TB, change ...func(*postgres.Options)) (*postgres
 	}
 	p, err := provision.New(provision.Options{
 		DB: db, Migrate: m, BaseDomain: env.Base, DropGrace: 24 * time.Hour, DomainHold: time.Hour,
-		GateWait: 5 * time.Second, Logger: slog.New(slog.DiscardHandler),
+		GateWait: 30 * time.Second, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		t.Fatalf("pgtest: provision: %v", err)
@@ -229,7 +243,7 @@ func (env *Env) clone(t testing.TB, ctx context.Context) {
 
 // drop removes the database and the roles of its tenants.
 func (env *Env) drop(t testing.TB) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	admin, err := pgx.Connect(ctx, shared.pg.URL("postgres"))
 	if err != nil {
@@ -284,7 +298,7 @@ func Slug(t testing.TB, s string) tenant.Slug {
 // Admin connects past oneo; the connection is closed when the test ends.
 func Admin(t testing.TB, url string) *pgx.Conn {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	c, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -301,7 +315,7 @@ func Admin(t testing.TB, url string) *pgx.Conn {
 // SecondGroup makes another database on the same server and returns how it is reached: a group of its own.
 func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	name := fmt.Sprintf("test_%d", shared.serial.Add(1))
 	g := shared.group(name)
@@ -316,7 +330,7 @@ func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 		t.Fatalf("pgtest: set up a second group: %v", err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), Patience)
 		defer cancel()
 		c, err := pgx.Connect(ctx, shared.pg.URL("postgres"))
 		if err != nil {
@@ -334,7 +348,7 @@ func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 // Redis starts a redis-server of the test's own.
 func Redis(t testing.TB) *devstack.Redis {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	r, err := devstack.StartRedis(ctx, devstack.RedisOptions{Dir: t.TempDir()})
 	if err != nil {

@@ -76,9 +76,9 @@ func requireFault(t *testing.T, err error, kind fault.Kind, code string) {
 // until polls for what must become true.
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(pgtest.Patience)
 	for !ok() {
-		require.Truef(t, time.Now().Before(deadline), "waited 10 s in vain: %s", what)
+		require.Truef(t, time.Now().Before(deadline), "waited in vain: %s", what)
 		pause := time.NewTimer(5 * time.Millisecond)
 		<-pause.C
 	}

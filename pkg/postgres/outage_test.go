@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -88,23 +89,23 @@ func (o own) tenant(t *testing.T, slug string) tenant.Tenant {
 // F20, F21: after a restart of PostgreSQL the next request works; while it is away, requests fail in bounded time.
 func TestRestart(t *testing.T) {
 	t.Parallel()
-	o := ownServer(t, devstack.PostgresOptions{Trust: true, Fast: true}, func(po *postgres.Options) { po.AcquireTimeout = 700 * time.Millisecond })
+	o := ownServer(t, devstack.PostgresOptions{Trust: true, Fast: true}, func(po *postgres.Options) { pgtest.Patient(po) })
 	a := o.tenant(t, "acme")
-	owner := func() error {
-		return o.db.AsOwnerIn(t.Context(), a, func(tx *postgres.OwnerTx) error { return tx.Script(t.Context(), `select 1 from users`) })
+	owner := func(db *postgres.DB) error {
+		return db.AsOwnerIn(t.Context(), a, func(tx *postgres.OwnerTx) error { return tx.Script(t.Context(), `select 1 from users`) })
 	}
-	shared := func() error {
-		return o.db.InShared(t.Context(), postgres.Single, func(tx *postgres.Tx) error { _, err := tx.Exec(t.Context(), `select 1`); return err })
+	shared := func(db *postgres.DB) error {
+		return db.InShared(t.Context(), postgres.Single, func(tx *postgres.Tx) error { _, err := tx.Exec(t.Context(), `select 1`); return err })
 	}
-	all := func(check func(what string, err error)) {
+	all := func(db *postgres.DB, check func(what string, err error)) {
 		for _, access := range []postgres.Access{postgres.Single, postgres.Read, postgres.Write} {
-			check(fmt.Sprintf("access %d", access), try(t.Context(), o.db, a, access, `select 1 from users`))
+			check(fmt.Sprintf("access %d", access), try(t.Context(), db, a, access, `select 1 from users`))
 		}
-		check("owner", owner())
-		check("shared", shared())
+		check("owner", owner(db))
+		check("shared", shared(db))
 	}
 	for range 3 {
-		all(func(what string, err error) { require.NoError(t, err, what) })
+		all(o.db, func(what string, err error) { require.NoError(t, err, what) })
 	}
 	for _, kill := range []bool{false, true} {
 		if kill {
@@ -113,7 +114,7 @@ func TestRestart(t *testing.T) {
 		} else {
 			require.NoError(t, o.pg.Restart(t.Context()))
 		}
-		all(func(what string, err error) {
+		all(o.db, func(what string, err error) {
 			require.NoErrorf(t, err, "%s: the first request after a restart must work", what)
 		})
 	}
@@ -128,23 +129,29 @@ func TestRestart(t *testing.T) {
 	require.Truef(t, fault.Is(err, fault.Unavailable), "a transaction whose server went away: %v", err)
 	require.Zero(t, value[int](t, o.db, a, postgres.Single, `select count(*) from pipelines`))
 
+	po := postgres.DefaultOptions()
+	po.Groups, po.Secret = map[string]postgres.Group{"main": o.group}, pgtest.Secret
+	po.AcquireTimeout = 700 * time.Millisecond
+	brief, err := postgres.Open(po)
+	require.NoError(t, err)
+	defer brief.Close()
+	for range 3 {
+		all(brief, func(string, error) {}) // it has connections, which will be lost
+	}
 	require.NoError(t, o.pg.Stop(t.Context()))
-	all(func(what string, err error) {
-		start := time.Now()
-		require.Truef(t, fault.Is(err, fault.Unavailable), "%s while the server is away: want Unavailable, got %v", what, err)
-		require.Less(t, time.Since(start), 3*time.Second)
-	})
 	start := time.Now()
-	all(func(string, error) {})
-	require.Less(t, time.Since(start), 5*1500*time.Millisecond, "five requests while the server is away take at most their bound each")
+	all(brief, func(what string, err error) {
+		require.Truef(t, fault.Is(err, fault.Unavailable), "%s while the server is away: want Unavailable, got %v", what, err)
+	})
+	require.Less(t, time.Since(start), pgtest.Patience/2, "none waits until the server is back")
 	require.NoError(t, o.pg.Restart(t.Context()))
-	all(func(what string, err error) { require.NoErrorf(t, err, "%s after the server came back", what) })
+	all(o.db, func(what string, err error) { require.NoErrorf(t, err, "%s after the server came back", what) })
 
 	// It comes back while a request waits: nobody notices.
 	require.NoError(t, o.pg.Stop(t.Context()))
 	db, err := postgres.Open(func() postgres.Options {
 		po := postgres.DefaultOptions()
-		po.Groups, po.Secret, po.AcquireTimeout = map[string]postgres.Group{"main": o.group}, pgtest.Secret, 20*time.Second
+		po.Groups, po.Secret, po.AcquireTimeout = map[string]postgres.Group{"main": o.group}, pgtest.Secret, pgtest.Patience
 		return po
 	}())
 	require.NoError(t, err)
@@ -166,7 +173,7 @@ func TestTerminatedBackends(t *testing.T) {
 		for range 3 {
 			require.Equal(t, 1, value[int](t, env.DB, a, access, `select 1`))
 		}
-		admin(t, env, `select pg_terminate_backend(pid, 2000) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()`)
+		admin(t, env, `select pg_terminate_backend(pid, 60000) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()`)
 		require.Equal(t, 1, value[int](t, env.DB, a, access, `select 1`))
 	}
 }
@@ -174,19 +181,17 @@ func TestTerminatedBackends(t *testing.T) {
 // F25: no free slot in PostgreSQL is waited for, in a bound, and then Unavailable.
 func TestTooManyConnections(t *testing.T) {
 	t.Parallel()
-	env := pgtest.New(t, func(o *postgres.Options) { o.AcquireTimeout = 400 * time.Millisecond })
+	env := pgtest.New(t, func(o *postgres.Options) { o.AcquireTimeout = 2 * time.Second })
 	a := env.Tenant(t, "acme")
 	// Roles are shared by the tests of this process: the limit is the database's.
 	admin(t, env, fmt.Sprintf(`alter database %s connection limit 0`, env.Database))
 	fresh, _, _ := env.Open(t)
 	for _, access := range []postgres.Access{postgres.Single, postgres.Write} {
-		start := time.Now()
 		err := try(t.Context(), fresh, a, access, `select 1`)
 		requireFault(t, err, fault.Unavailable, "too_many_connections")
 		require.Positive(t, fault.Of(err).Retry)
-		require.Less(t, time.Since(start), 2*time.Second)
 	}
-	patient, _, _ := env.Open(t, func(o *postgres.Options) { o.AcquireTimeout = 10 * time.Second })
+	patient, _, _ := env.Open(t, func(o *postgres.Options) { o.AcquireTimeout = pgtest.Patience })
 	freed := time.AfterFunc(150*time.Millisecond, func() {
 		c, err := pgx.Connect(context.Background(), env.AdminURL)
 		if err != nil {
@@ -304,11 +309,12 @@ func TestBlackHole(t *testing.T) {
 	env := pgtest.New(t)
 	second := env.SecondGroup(t)
 	holed := newProxy(t, fmt.Sprintf("127.0.0.1:%d", env.Server.Port()))
-	db, m, p := env.Open(t, func(o *postgres.Options) {
-		o.AcquireTimeout, o.ConnectTimeout, o.StatementTimeout = 500*time.Millisecond, 500*time.Millisecond, time.Second
-		o.Groups = map[string]postgres.Group{
-			"main": env.Group, "second": {URL: through(t, second.URL, holed.addr), OwnerURL: second.OwnerURL},
-		}
+	groups := map[string]postgres.Group{
+		"main": env.Group, "second": {URL: through(t, second.URL, holed.addr), OwnerURL: second.OwnerURL},
+	}
+	_, m, p := env.Open(t, func(o *postgres.Options) { o.Groups = groups })
+	db, _, _ := env.Open(t, func(o *postgres.Options) {
+		o.AcquireTimeout, o.ConnectTimeout, o.StatementTimeout, o.Groups = 2*time.Second, 2*time.Second, 2*time.Second, groups
 	})
 	_, err := m.Shared(t.Context())
 	require.NoError(t, err)
@@ -325,6 +331,8 @@ func TestBlackHole(t *testing.T) {
 	for _, access := range []postgres.Access{postgres.Single, postgres.Read, postgres.Write} {
 		holed.set(true)
 		var wg sync.WaitGroup
+		var hanging atomic.Bool
+		hanging.Store(true)
 		for _, bound := range []time.Duration{300 * time.Millisecond, 0} { // with a deadline, and with none of the caller's
 			wg.Go(func() {
 				ctx, cancel := t.Context(), context.CancelFunc(func() {})
@@ -334,16 +342,20 @@ func TestBlackHole(t *testing.T) {
 				defer cancel()
 				start := time.Now()
 				err := try(ctx, db, a, access, `select 1`)
-				if err == nil || time.Since(start) > 6*time.Second {
+				if err == nil || time.Since(start) > pgtest.Patience/2 {
 					t.Errorf("access %d, deadline %s: %v after %s", access, bound, err, time.Since(start))
+				}
+				if bound == 0 {
+					hanging.Store(false)
 				}
 			})
 		}
-		for range 20 {
-			start := time.Now()
+		meanwhile := 0
+		for hanging.Load() {
 			require.Equal(t, 1, value[int](t, db, b, access, `select 1`))
-			require.Less(t, time.Since(start), time.Second, "the other group must not wait")
+			meanwhile++
 		}
+		require.Greater(t, meanwhile, 3, "the other group must not wait")
 		wg.Wait()
 		holed.set(false)
 		until(t, "the group works again", func() bool { return try(t.Context(), db, a, access, `select 1`) == nil })
@@ -357,7 +369,7 @@ func TestLostCommit(t *testing.T) {
 	env := pgtest.New(t)
 	holed := newProxy(t, fmt.Sprintf("127.0.0.1:%d", env.Server.Port()))
 	db, _, _ := env.Open(t, func(o *postgres.Options) {
-		o.StatementTimeout = 500 * time.Millisecond
+		o.StatementTimeout = 3 * time.Second
 		o.Groups = map[string]postgres.Group{"main": {URL: through(t, env.Group.URL, holed.addr), OwnerURL: env.Group.OwnerURL}}
 	})
 	a := env.Tenant(t, "acme")
@@ -379,13 +391,14 @@ func TestScram(t *testing.T) {
 	require.Equal(t, "acme", value[string](t, o.db, a, postgres.Single, `select current_schema()`))
 	po := postgres.DefaultOptions()
 	po.Groups, po.Secret = map[string]postgres.Group{"main": o.group}, "another secret, which is long enough too"
+	po.AcquireTimeout = pgtest.Patience
 	wrong, err := postgres.Open(po)
 	require.NoError(t, err)
 	defer wrong.Close()
 	start := time.Now()
 	err = try(t.Context(), wrong, a, postgres.Single, `select 1`)
 	requireFault(t, err, fault.Unavailable, "login_refused")
-	require.Less(t, time.Since(start), time.Second, "a wrong password is not tried again and again")
+	require.Less(t, time.Since(start), pgtest.Patience/2, "a wrong password is not tried again and again")
 	var stored string
 	c := pgtest.Admin(t, o.pg.URL("oneo"))
 	require.NoError(t, c.QueryRow(t.Context(), `select rolpassword from pg_authid where rolname = 'oneo_app_1'`).Scan(&stored))
@@ -399,7 +412,7 @@ func TestSilenceAfterTheLogin(t *testing.T) {
 	env := pgtest.New(t)
 	silent := newProxy(t, fmt.Sprintf("127.0.0.1:%d", env.Server.Port()))
 	db, _, _ := env.Open(t, oneConn, func(o *postgres.Options) {
-		o.AcquireTimeout, o.ConnectTimeout = 300*time.Millisecond, 300*time.Millisecond
+		o.AcquireTimeout, o.ConnectTimeout = 2*time.Second, 2*time.Second
 		o.Groups = map[string]postgres.Group{"main": {URL: through(t, env.Group.URL, silent.addr), OwnerURL: env.Group.OwnerURL}}
 	})
 	a := env.Tenant(t, "acme")

@@ -3,7 +3,6 @@ package postgres_test
 import (
 	"context"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
@@ -20,7 +19,7 @@ func TestPgBouncer(t *testing.T) {
 	env := pgtest.New(t)
 	bouncer := env.PgBouncer(t, 1)
 	db, _, _ := env.Open(t, func(o *postgres.Options) {
-		o.Statements, o.MaxConns, o.InFlight, o.AcquireTimeout = postgres.Unprepared, 8, 4, 3*time.Second
+		o.Statements, o.MaxConns, o.InFlight, o.AcquireTimeout = postgres.Unprepared, 8, 4, pgtest.Patience
 		o.Groups = map[string]postgres.Group{"main": {URL: through(t, env.Group.URL, bouncer), OwnerURL: through(t, env.Group.OwnerURL, bouncer), DirectURL: env.Group.OwnerURL}}
 	})
 	pgtest.Isolation(t, env, pgtest.IsolationOptions{DB: db, Tenants: []tenant.Tenant{env.Tenant(t, "acme"), env.Tenant(t, "globex")}, Workers: 6, Requests: 40, NoCancels: true})

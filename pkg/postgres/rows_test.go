@@ -73,7 +73,7 @@ func TestIsolationOfManyTenants(t *testing.T) {
 	t.Parallel()
 	env := pgtest.New(t)
 	db, _, _ := env.Open(t, func(o *postgres.Options) {
-		o.MaxConns, o.InFlight, o.AcquireTimeout, o.HotStatements, o.MaxTenants = 3, 3, 10*time.Second, 4, 12
+		o.MaxConns, o.InFlight, o.AcquireTimeout, o.HotStatements, o.MaxTenants = 3, 3, pgtest.Patience, 4, 12
 	})
 	var many []tenant.Tenant
 	for i := range 50 {
@@ -86,15 +86,14 @@ func TestIsolationOfManyTenants(t *testing.T) {
 // F28: a handler that stands still with a transaction open loses it, and its locks with it.
 func TestIdleTransactionEnds(t *testing.T) {
 	t.Parallel()
-	env := pgtest.New(t, func(o *postgres.Options) {
-		o.IdleInTransactionTimeout, o.MaxConns, o.InFlight = 100*time.Millisecond, 4, 2
-	})
+	env := pgtest.New(t, func(o *postgres.Options) { o.MaxConns, o.InFlight = 4, 2 })
+	idle, _, _ := env.Open(t, func(o *postgres.Options) { o.IdleInTransactionTimeout = 2 * time.Second })
 	a := env.Tenant(t, "acme")
 	ctx := t.Context()
 	sql, args := insertPipeline("held")
 	require.NoError(t, try(ctx, env.DB, a, postgres.Write, sql, args...))
 	var pid int
-	err := env.DB.InTenant(ctx, a, postgres.Write, func(tx *postgres.Tx) error {
+	err := idle.InTenant(ctx, a, postgres.Write, func(tx *postgres.Tx) error {
 		require.NoError(t, tx.QueryRow(ctx, `update pipelines set name = 'mine' where key = 'held' returning pg_backend_pid()`).Scan(&pid))
 		admin := pgtest.Admin(t, env.AdminURL)
 		until(t, "the backend has ended", func() bool {
@@ -107,7 +106,7 @@ func TestIdleTransactionEnds(t *testing.T) {
 	})
 	require.Truef(t, fault.Is(err, fault.Unavailable), "the transaction is gone: %v", err)
 	require.NoError(t, try(ctx, env.DB, a, postgres.Write, `update pipelines set name = 'yours' where key = 'held'`), "its locks are gone, too")
-	require.NotEqual(t, pid, value[int](t, env.DB, a, postgres.Single, `select pg_backend_pid()`))
+	require.NotEqual(t, pid, value[int](t, idle, a, postgres.Single, `select pg_backend_pid()`))
 	env.Invariants(t)
 }
 

@@ -34,7 +34,8 @@ func TestOwnerSession(t *testing.T) {
 		require.NoError(t, s.QueryRow(ctx, `select concat_ws(' ', to_regclass('here'), to_regclass('not_here')), current_setting('lock_timeout')`).Scan(&there, &lock))
 		require.Equal(t, []string{"here", "1s"}, []string{there, lock})
 		require.NoError(t, s.Timeouts(ctx, 0, 50*time.Millisecond))
-		require.Equal(t, "57014", postgres.SQLState(s.Script(ctx, `select pg_sleep(5)`)))
+		require.Equal(t, "57014", postgres.SQLState(s.Script(ctx, `select pg_sleep(600)`)))
+		require.NoError(t, s.Timeouts(ctx, 0, pgtest.Patience))
 		err = env.DB.OwnerSession(ctx, "main", func(other *postgres.Session) error {
 			return other.LockOperation(ctx, a.Number, 50*time.Millisecond)
 		})

@@ -53,6 +53,7 @@ type task struct {
 
 func (k task) child() error {
 	o := postgres.DefaultOptions()
+	pgtest.Patient(&o)
 	o.Groups, o.Secret, o.OwnerConns = k.Groups, pgtest.Secret, 4
 	db, err := postgres.Open(o)
 	if err != nil {
@@ -78,7 +79,7 @@ func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, 
 		return nil, nil, nil, err
 	}
 	o := provision.Options{
-		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 5 * time.Second,
+		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 30 * time.Second,
 		StaleAfter: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
 	}
 	for _, f := range change {

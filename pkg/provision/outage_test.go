@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -67,14 +68,15 @@ func TestConnectionsLostDuringCreate(t *testing.T) {
 				require.NoError(t, err)
 				self, err := os.Executable()
 				require.NoError(t, err)
+				goOn := filepath.Join(t.TempDir(), "go-on")
 				cmd := exec.Command(self)
-				cmd.Env = append(os.Environ(), childTask+"="+string(raw), "ONEO_FAILPOINTS="+point+"=sleep:2s")
+				cmd.Env = append(os.Environ(), childTask+"="+string(raw), "ONEO_FAILPOINTS="+point+"=wait:"+goOn)
 				var out bytes.Buffer
 				cmd.Stdout, cmd.Stderr = &out, &out
 				require.NoError(t, cmd.Start())
 				c := pgtest.Admin(t, f.env.AdminURL)
 				const asleep = `select count(*) from pg_stat_activity where state = 'idle in transaction' and usename = 'oneo_owner' and datname = any ($1)`
-				const cut = `select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity where pid <> pg_backend_pid() and datname = any ($1)`
+				const cut = `select count(pg_terminate_backend(pid, 60000)) from pg_stat_activity where pid <> pg_backend_pid() and datname = any ($1)`
 				var databases []string
 				for g := range f.groups {
 					url := f.adminURL(g)
@@ -83,7 +85,7 @@ func TestConnectionsLostDuringCreate(t *testing.T) {
 				for i, d := range databases {
 					databases[i], _, _ = strings.Cut(d, "?")
 				}
-				for deadline := time.Now().Add(20 * time.Second); ; {
+				for deadline := time.Now().Add(pgtest.Patience); ; {
 					var n int
 					require.NoError(t, c.QueryRow(t.Context(), asleep, databases).Scan(&n))
 					if n > 0 {
@@ -97,6 +99,7 @@ func TestConnectionsLostDuringCreate(t *testing.T) {
 				}
 				_, err = c.Exec(t.Context(), cut, databases)
 				require.NoError(t, err)
+				require.NoError(t, os.WriteFile(goOn, nil, 0o600))
 				if err := cmd.Wait(); err != nil {
 					require.Regexp(t, `(?i)lost|reached|not available|terminat|may or may not`, out.String())
 				}

@@ -236,7 +236,7 @@ func TestFiftyCreatesOnAPoolOfTen(t *testing.T) {
 					full()
 				}
 			}
-			for deadline := time.Now().Add(20 * time.Second); !full(); {
+			for deadline := time.Now().Add(pgtest.Patience); !full(); {
 				require.True(t, time.Now().Before(deadline), "the pool is not filled again")
 				pause := time.NewTimer(50 * time.Millisecond)
 				<-pause.C
@@ -536,7 +536,7 @@ func TestWorkerClaims(t *testing.T) {
 				t.Errorf("worker: %v", err)
 			}
 		})
-		for deadline := time.Now().Add(20 * time.Second); op.State != registry.Done && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(pgtest.Patience); op.State != registry.Done && time.Now().Before(deadline); {
 			require.NoError(t, f.db.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) (err error) {
 				op, err = registry.OperationByID(ctx, tx, op.ID)
 				return err

@@ -353,13 +353,15 @@ func TestWork(t *testing.T) {
 	}
 	unknown := queue(provision.KindDrop, "nobody", nil)
 	wrong := queue("tenant.nonsense", "t-1", nil)
-	_, other, _, err := openOn(func() *postgres.DB {
+	var workers [2]*provision.Provisioner
+	for i := range workers {
 		db, _, _ := f.env.Open(t, func(o *postgres.Options) { o.Groups = f.groups })
-		return db
-	}())
-	require.NoError(t, err)
+		// One that stands still for a while must not be taken for dead: each operation is to need one attempt.
+		_, workers[i], _, err = openOn(db, func(o *provision.Options) { o.StaleAfter = pgtest.Patience })
+		require.NoError(t, err)
+	}
 	var wg sync.WaitGroup
-	for _, p := range []*provision.Provisioner{f.p, other} {
+	for _, p := range workers {
 		wg.Go(func() {
 			if err := p.Work(ctx); err != nil {
 				t.Errorf("worker: %v", err)
@@ -374,7 +376,7 @@ func TestWork(t *testing.T) {
 		return o
 	}
 	ended := func(op registry.Operation) registry.Operation {
-		deadline := time.Now().Add(20 * time.Second)
+		deadline := time.Now().Add(pgtest.Patience)
 		for {
 			o := get(op)
 			if o.State == registry.Done || o.State == registry.Failed {
@@ -396,7 +398,7 @@ func TestWork(t *testing.T) {
 	require.Equal(t, "8", f.scalar(t, `select count(*)::text from public.tenants where state = 'suspended'`))
 	// Nobody waits for a purge: it may still be at work.
 	purged := func() bool { return f.scalar(t, `select state from public.tenants where slug = 'late'`) == "purged" }
-	for deadline := time.Now().Add(20 * time.Second); !purged() && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(pgtest.Patience); !purged() && time.Now().Before(deadline); {
 		pause := time.NewTimer(20 * time.Millisecond)
 		<-pause.C
 	}
@@ -653,7 +655,7 @@ func TestOverdueBehindFailing(t *testing.T) {
 		}
 	})
 	state := func() string { return f.scalar(t, `select state from public.tenants order by number desc limit 1`) }
-	for deadline := time.Now().Add(30 * time.Second); state() != "purged" && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(pgtest.Patience); state() != "purged" && time.Now().Before(deadline); {
 		pause := time.NewTimer(50 * time.Millisecond)
 		<-pause.C
 	}

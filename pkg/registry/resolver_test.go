@@ -79,7 +79,7 @@ func TestResolverForgetsUnknownHostsSoon(t *testing.T) {
 	_, err := r.Resolve(t.Context(), h)
 	requireFault(t, err, fault.NotFound, "unknown_host")
 	known.Store(true)
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for err != nil {
 		require.True(t, time.Now().Before(deadline), "a negative answer lives for NegativeTTL only")
 		_, err = r.Resolve(t.Context(), h)

@@ -287,7 +287,7 @@ func run(t *testing.T, o server.Options) (*server.Server, string, func() error) 
 			cancel()
 			select {
 			case result = <-ended:
-			case <-time.After(20 * time.Second):
+			case <-time.After(pgtest.Patience):
 				result = fmt.Errorf("Run did not return within 20 s of its end")
 			}
 		})
@@ -459,8 +459,8 @@ func (st *stage) users(t *testing.T, tn tenant.Tenant) (n int) {
 // eventually waits for something to become true.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(15 * time.Second); !is(); {
-		require.True(t, time.Now().Before(deadline), "not within 15 s: %s", what)
+	for deadline := time.Now().Add(pgtest.Patience); !is(); {
+		require.True(t, time.Now().Before(deadline), "not in time: %s", what)
 		<-time.After(20 * time.Millisecond)
 	}
 }

@@ -54,13 +54,14 @@ type task struct {
 
 func (k task) child() error {
 	o := postgres.DefaultOptions()
+	pgtest.Patient(&o)
 	o.Groups, o.Secret, o.OwnerConns = k.Groups, pgtest.Secret, 4
 	db, err := postgres.Open(o)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: files(k.Up...), LockWait: 20 * time.Second})
+	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: files(k.Up...), LockWait: pgtest.Patience})
 	if err != nil {
 		return err
 	}

@@ -97,7 +97,7 @@ func newFixture(t *testing.T) *fixture {
 // with is a migrator of these migrations.
 func (f *fixture) with(up ...string) *migrate.Migrator {
 	f.t.Helper()
-	m, err := migrate.New(f.DB, migrate.Options{Files: schemas.Files, Tenant: files(up...), LockWait: 20 * time.Second})
+	m, err := migrate.New(f.DB, migrate.Options{Files: schemas.Files, Tenant: files(up...), LockWait: pgtest.Patience})
 	require.NoError(f.t, err)
 	return m
 }
@@ -105,7 +105,7 @@ func (f *fixture) with(up ...string) *migrate.Migrator {
 func (f *fixture) provisioner(m *migrate.Migrator) *provision.Provisioner {
 	f.t.Helper()
 	p, err := provision.New(provision.Options{
-		DB: f.DB, Migrate: m, BaseDomain: f.Base, DropGrace: time.Hour, GateWait: 5 * time.Second, Logger: slog.New(slog.DiscardHandler),
+		DB: f.DB, Migrate: m, BaseDomain: f.Base, DropGrace: time.Hour, GateWait: 30 * time.Second, Logger: slog.New(slog.DiscardHandler),
 	})
 	require.NoError(f.t, err)
 	return p
