@@ -162,7 +162,7 @@ func TestComposeRedisLetsOneoDoItsWork(t *testing.T) {
 
 	url, _ := interpolated(readCompose(t).Services["oneo"].Environment["ONEO_REDIS_URL"])
 	url = strings.Replace(url, "redis:6379", addr, 1)
-	c, err := cache.Open(cache.Options{URL: url, Timeout: 2 * time.Second})
+	c, err := cache.Open(cache.Options{URL: url, Timeout: time.Minute})
 	require.NoError(t, err)
 	defer c.Close()
 	require.Eventually(t, func() bool { return c.Ping(t.Context()) == nil }, time.Minute, 20*time.Millisecond, "Redis does not start, or does not let oneo in")

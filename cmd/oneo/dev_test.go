@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/pgtest"
 )
 
 // devProcess is a running `oneo dev`.
@@ -45,12 +47,17 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
+var given sync.Map // the ports that twoPorts has found: what takes them may not have begun to listen
+
 // twoPorts finds a free port whose next one is free too: dev serves on the first, and health on the second.
 func twoPorts(t *testing.T) string {
 	t.Helper()
 	// Below those that the system gives out by itself: the servers of other tests take them between now and the use.
 	for range 200 {
 		n := 20000 + 2*rand.IntN(5000)
+		if _, taken := given.LoadOrStore(n, true); taken {
+			continue
+		}
 		a, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", n))
 		if err != nil {
 			continue
@@ -76,7 +83,7 @@ func startDev(t *testing.T, dir string) *devProcess {
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	require.NoError(t, p.cmd.Start())
 	t.Cleanup(func() { _ = p.cmd.Process.Kill() })
-	require.Eventually(t, func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C stops") }, time.Minute, 20*time.Millisecond,
+	require.Eventually(t, func() bool { return strings.Contains(p.stdout.String(), "Ctrl-C stops") }, 3*pgtest.Patience, 20*time.Millisecond,
 		"dev did not get ready:\n%s", p.stderr)
 	return p
 }

@@ -57,6 +57,10 @@ func TestScripts(t *testing.T) {
 			e.Setenv("ONEO_DATABASE_URL", env.Group.URL)
 			e.Setenv("ONEO_DATABASE_OWNER_URL", env.Group.OwnerURL)
 			e.Setenv("ONEO_SERVER_SECRET", pgtest.Secret)
+			for _, kv := range patience {
+				k, v, _ := strings.Cut(kv, "=")
+				e.Setenv(k, v)
+			}
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

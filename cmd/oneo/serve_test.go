@@ -51,11 +51,17 @@ func child(env *pgtest.Env, extra []string, args ...string) *exec.Cmd {
 		binary, extra = path, slices.DeleteFunc(slices.Clone(extra), func(s string) bool { return s == plain })
 	}
 	cmd := exec.Command(binary, args...)
-	cmd.Env = append([]string{
+	cmd.Env = slices.Concat([]string{
 		"ONEO_TEST_BE_ONEO=1", "PATH=" + os.Getenv("PATH"), "HOME=/nowhere", "ONEO_REDIS_URL=",
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
-	}, extra...)
+	}, patience, extra)
 	return cmd
+}
+
+// patience is the bounds of waiting that a busy machine would meet although nothing is wrong.
+var patience = []string{
+	"ONEO_DATABASE_ACQUIRE_TIMEOUT=30s", "ONEO_DATABASE_CONNECT_TIMEOUT=30s", "ONEO_DATABASE_STATEMENT_TIMEOUT=1m", "ONEO_REDIS_TIMEOUT=10s",
+	"ONEO_SERVER_SHUTDOWN_GRACE=2m", "ONEO_SERVER_READ_HEADER_TIMEOUT=20s",
 }
 
 // oneo runs a command to its end.

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,10 +26,10 @@ func newCommand(t *testing.T) command {
 	t.Helper()
 	env := pgtest.New(t)
 	second := env.SecondGroup(t)
-	c := command{t: t, env: env, environ: []string{
+	c := command{t: t, env: env, environ: append(slices.Clone(patience), []string{
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
 		"ONEO_DATABASE_GROUPS_SECOND_URL=" + second.URL, "ONEO_DATABASE_GROUPS_SECOND_OWNER_URL=" + second.OwnerURL,
-	}}
+	}...)}
 	c.run(0, "migrate --shared")
 	return c
 }

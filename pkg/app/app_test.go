@@ -104,6 +104,8 @@ func open(t *testing.T, env *pgtest.Env, redis string, change ...func(*config.Co
 	c.Database.URL, c.Database.OwnerURL, c.Server.Secret = env.Group.URL, env.Group.OwnerURL, pgtest.Secret
 	c.Server.Addr, c.Server.OpsAddr = "127.0.0.1:0", "127.0.0.1:0"
 	c.Redis.URL = redis
+	// What a busy machine would meet although nothing is wrong; a wire that is cut refuses at once.
+	c.Redis.Timeout, c.Database.AcquireTimeout, c.Database.ConnectTimeout = 10*time.Second, 30*time.Second, 30*time.Second
 	c.Cache.TenantTTL, c.Cache.LocalTTL, c.Cache.SharedTTL = time.Millisecond, time.Millisecond, time.Hour
 	for _, f := range change {
 		f(&c)

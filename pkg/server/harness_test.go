@@ -288,7 +288,7 @@ func run(t *testing.T, o server.Options) (*server.Server, string, func() error) 
 			select {
 			case result = <-ended:
 			case <-time.After(pgtest.Patience):
-				result = fmt.Errorf("Run did not return within 20 s of its end")
+				result = fmt.Errorf("Run did not return after its end")
 			}
 		})
 		return result

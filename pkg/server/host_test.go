@@ -24,10 +24,10 @@ import (
 // raw sends bytes as they are and reads one answer.
 func raw(t *testing.T, addr, request string) (*http.Response, string) {
 	t.Helper()
-	c, err := net.DialTimeout("tcp", addr, 5*time.Second)
+	c, err := net.DialTimeout("tcp", addr, pgtest.Patience)
 	require.NoError(t, err)
 	defer c.Close()
-	require.NoError(t, c.SetDeadline(time.Now().Add(10*time.Second)))
+	require.NoError(t, c.SetDeadline(time.Now().Add(pgtest.Patience)))
 	_, err = io.WriteString(c, request)
 	require.NoError(t, err)
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
