@@ -26,7 +26,7 @@ import (
 // eventually waits for what another process does.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	require.Eventually(t, is, time.Minute, 10*time.Millisecond, what)
+	require.Eventually(t, is, pgtest.Patience, 10*time.Millisecond, what)
 }
 
 // blocked makes n sessions of a login wait for a lock on a table until free is called.
