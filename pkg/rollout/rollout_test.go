@@ -395,6 +395,81 @@ func TestDeadProcessesTasksAreTakenUp(t *testing.T) {
 	require.Equal(t, rollout.Counts{OK: 20}, run.Counts)
 }
 
+// A process that was silent for too long, because it was stopped or the database was away, begins nothing more of what it
+// had claimed: another one may be at it.
+func TestWhatOthersMayHaveTakenUpIsNotBegun(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	const staleAfter = 2 * time.Second
+	r := newRunnerOn(t, env.DB, staleAfter)
+	run := plan(t, r, spec(t, 10))
+	admin := pgtest.Admin(t, env.AdminURL)
+	var silent atomic.Bool
+	var once sync.Once
+	var c counter
+	run, err := r.Work(t.Context(), run.ID, rollout.WorkOptions{Jobs: 1, Told: func(e rollout.Event) {
+		if e.Task == nil || e.Task.Ordinal != 0 {
+			return
+		}
+		silent.Store(false)
+		if _, err := admin.Exec(context.Background(), `rollback`); err != nil {
+			t.Errorf("let it speak: %v", err)
+		}
+	}}, func(_ context.Context, task rollout.Task) rollout.Outcome {
+		c.add(task.Slug)
+		if silent.Load() {
+			t.Errorf("%s is begun", task.Slug)
+		}
+		once.Do(func() {
+			_, err := admin.PgConn().Exec(context.Background(), `begin; select from public.operations for update`).ReadAll()
+			if err != nil {
+				t.Errorf("silence it: %v", err)
+			}
+			time.Sleep(staleAfter)
+			silent.Store(true)
+		})
+		return rollout.Outcome{}
+	})
+	require.NoError(t, err)
+	require.Equal(t, rollout.Counts{OK: 10}, run.Counts)
+	c.each(t, 10, 1)
+}
+
+// What a process has claimed by a commit whose answer was lost, it hands back when it knows that it has missed one.
+func TestClaimsThatWereNeverHeardOfAreHandedBack(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	log := &logged{}
+	r, err := rollout.New(rollout.Options{DB: env.DB, StaleAfter: 10 * time.Second, Logger: slog.New(slog.NewTextHandler(log, nil))})
+	require.NoError(t, err)
+	run := plan(t, r, spec(t, 40))
+	admin := pgtest.Admin(t, env.AdminURL)
+	exec := func(sql string) {
+		if _, err := admin.PgConn().Exec(context.Background(), sql).ReadAll(); err != nil {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), pgtest.Patience)
+	defer cancel()
+	var once sync.Once
+	var c counter
+	run, err = r.Work(ctx, run.ID, rollout.WorkOptions{Jobs: 1}, func(_ context.Context, task rollout.Task) rollout.Outcome {
+		c.add(task.Slug)
+		once.Do(func() {
+			exec(`update public.tasks set state = 'running', heartbeat = now(), attempts = 1, worker = (select worker from public.tasks where ordinal = 0) where ordinal >= 30`)
+			exec(`begin; select from public.operations for update`)
+			for ctx.Err() == nil && log.count("cannot be reached") == 0 {
+				time.Sleep(5 * time.Millisecond)
+			}
+			exec(`rollback`)
+		})
+		return rollout.Outcome{}
+	})
+	require.NoError(t, err)
+	require.Equal(t, rollout.Counts{OK: 40}, run.Counts)
+	c.each(t, 40, 1)
+}
+
 func TestOneRunAtATimeOnATenant(t *testing.T) {
 	t.Parallel()
 	env := pgtest.New(t)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -46,6 +47,7 @@ const (
 func (w *crew) settle(ctx context.Context, want int) (settled, error) {
 	var s settled
 	var claimed []Task
+	sign := time.Since(w.began)
 	err := w.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		s, claimed = settled{}, nil
 		// The operation first, as whoever pauses or aborts the run does.
@@ -62,6 +64,11 @@ func (w *crew) settle(ctx context.Context, want int) (settled, error) {
 		}
 		if err := w.beat(ctx, tx); err != nil {
 			return err
+		}
+		if w.doubt {
+			if err := w.disown(ctx, tx); err != nil {
+				return err
+			}
 		}
 		var err error
 		if s.run, err = w.show(ctx, tx, w.id); err != nil {
@@ -103,9 +110,10 @@ from public.runs r where r.id = $1`
 		}
 		return nil
 	})
-	if err != nil {
+	if w.doubt = err != nil; w.doubt {
 		return s, err
 	}
+	w.sign.Store(int64(sign))
 	if err := failpoint.Hit("run.settled"); err != nil {
 		return s, err
 	}
@@ -114,9 +122,13 @@ from public.runs r where r.id = $1`
 		s.idle = 0
 	}
 	for _, e := range w.done {
+		delete(w.held, int32(e.task.Ordinal))
 		if e.failed {
 			w.unwritten.Add(-1)
 		}
+	}
+	for _, t := range claimed {
+		w.held[int32(t.Ordinal)] = struct{}{}
 	}
 	w.bound.Store(s.bound())
 	w.done, w.lost = nil, time.Time{}
@@ -216,6 +228,16 @@ and heartbeat < now() - $3::interval`
 	if err == nil && tag.RowsAffected() > 0 {
 		w.Runner.o.Logger.WarnContext(ctx, "another process of this run is dead: its tenants are taken up", "run", w.id, "tenants", tag.RowsAffected())
 	}
+	return err
+}
+
+// disown hands back what was claimed for this process by a transaction whose end it never heard of: it would hold these
+// tasks for as long as it lives, and begin none of them.
+func (w *crew) disown(ctx context.Context, tx *postgres.OwnerTx) error {
+	const back = `update public.tasks set state = 'queued', worker = null, attempts = attempts - 1
+where run = $1 and worker = $2 and state = 'running' and ordinal <> all($3::int4[])`
+	known := slices.AppendSeq(make([]int32, 0, len(w.held)), maps.Keys(w.held)) // never null
+	_, err := tx.Exec(ctx, back, w.id, w.worker, known)
 	return err
 }
 

@@ -78,7 +78,8 @@ func (r *Runner) Work(ctx context.Context, id uuid.UUID, o WorkOptions, work fun
 	if err != nil {
 		return Run{}, err
 	}
-	w := &crew{Runner: r, id: id, worker: worker, o: o, jobs: max(1, o.Jobs), work: work, firstTried: map[int]time.Time{}}
+	w := &crew{Runner: r, id: id, worker: worker, o: o, jobs: max(1, o.Jobs), work: work, firstTried: map[int]time.Time{},
+		began: time.Now(), held: map[int32]struct{}{}}
 	return w.run(ctx)
 }
 
@@ -103,7 +104,11 @@ type crew struct {
 	bound      atomic.Int64      // less those that are written
 	firstTried map[int]time.Time // of tasks that were set aside
 	last       settled
-	lost       time.Time // since when the database has been away
+	sign       atomic.Int64       // when the last sign of life was given, in nanoseconds since began
+	began      time.Time          // of the monotonic clock
+	held       map[int32]struct{} // the ordinals of what was claimed, and is not written yet
+	doubt      bool               // whether the last words to the run's rows have arrived is not known
+	lost       time.Time          // since when the database has been away
 }
 
 type ended struct {
@@ -117,6 +122,13 @@ type ended struct {
 // lasting reports whether work failed for a reason that does not pass by itself.
 func lasting(o Outcome) bool {
 	return o.Status == fleet.Failed && !fault.Is(o.Err, fault.Locked) && !fault.Is(o.Err, fault.Unavailable)
+}
+
+// silent reports whether this process has given no sign of life for so long that another one may have taken up its tasks:
+// it was stopped, or the database was away. What it has not begun is then not its own to begin.
+func (w *crew) silent() bool {
+	// A task's own sign is renewed when a tenth of the time has passed.
+	return time.Since(w.began)-time.Duration(w.sign.Load()) > w.Runner.o.StaleAfter*9/10
 }
 
 func (w *crew) noteFailure() {
@@ -134,7 +146,7 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 	for range w.jobs {
 		workers.Go(func() {
 			for t := range w.tasks {
-				if w.stopping.Load() {
+				if w.stopping.Load() || w.silent() {
 					w.ended <- ended{task: t, back: true}
 					continue
 				}
