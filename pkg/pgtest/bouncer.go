@@ -1,6 +1,7 @@
 package pgtest
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -69,7 +70,7 @@ ignore_startup_parameters = extra_float_digits
 	if err != nil {
 		path = "/usr/sbin/pgbouncer"
 	}
-	cmd := exec.Command(path, ini)
+	cmd := exec.CommandContext(context.Background(), path, ini)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if os.Getuid() == 0 { // it refuses to run as root
