@@ -179,7 +179,7 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 			run = s.run
 			break
 		}
-		if !fault.Is(serr, fault.Unavailable) || !pause(last, 200*time.Millisecond) {
+		if !passing(serr) || !pause(last, 200*time.Millisecond) {
 			return run, errors.Join(err, fmt.Errorf("write what was done: %w", serr))
 		}
 	}
@@ -281,13 +281,18 @@ func (w *crew) dispatch(ctx context.Context) (Run, error) {
 	}
 }
 
+// passing reports whether the run's rows may be read and written in a moment.
+func passing(err error) bool {
+	return fault.Is(err, fault.Unavailable) || fault.Is(err, fault.Locked) || fault.Is(err, fault.Conflict)
+}
+
 // unsettled decides what becomes of the work when the run's rows cannot be read or written: a database that is away may
 // come back.
 func (w *crew) unsettled(ctx context.Context, err error) (over bool, _ error) {
 	if ctx.Err() != nil {
 		return true, nil
 	}
-	if !fault.Is(err, fault.Unavailable) && !fault.Is(err, fault.Locked) && !fault.Is(err, fault.Conflict) {
+	if !passing(err) {
 		return true, err
 	}
 	if w.lost.IsZero() {
