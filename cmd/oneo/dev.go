@@ -341,7 +341,7 @@ func devFill(ctx context.Context, e *env, a *app.App, state *devState, o devOpti
 // devMigrate brings tenants of an earlier version up.
 func devMigrate(ctx context.Context, e *env, a *app.App) error {
 	o := migrateOptions{selector: selector{all: true}, fleetOptions: fleetOptions{workOptions: workOptions{jobs: 2, progress: "auto"}}}
-	spec := rollout.Spec{Kind: kindMigrate, Actor: e.actor(), Alone: true}
+	spec := rollout.Spec{Kind: kindMigrate, Actor: e.actor(), Alone: true, Rivals: rivals(kindMigrate)}
 	quiet := *e // the report is of no interest here
 	quiet.out, quiet.quiet = io.Discard, true
 	err := migrateTenants(ctx, &quiet, a, o, spec, nil)

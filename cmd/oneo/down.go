@@ -108,7 +108,7 @@ func aimed(do func(context.Context, tenant.Tenant, rollout.Task) (migrate.Result
 }
 
 func runDown(ctx context.Context, e *env, o downOptions) error {
-	spec, err := o.spec(rollout.Spec{Kind: kindDown, Actor: e.actor(), Alone: true})
+	spec, err := o.spec(rollout.Spec{Kind: kindDown, Actor: e.actor(), Alone: true, Rivals: rivals(kindDown)})
 	if err != nil {
 		return err
 	}
@@ -267,7 +267,7 @@ func runMark(ctx context.Context, e *env, version int, o markOptions) error {
 	if head := a.Migrate.Head(migrate.TenantSet); version > head {
 		return fault.New(fault.Invalid, "there is no version %d: the tenant migrations go from 1 to %d", version, head).WithCode("target_out_of_range")
 	}
-	spec := rollout.Spec{Kind: kindMark, Actor: e.actor(), Alone: true}
+	spec := rollout.Spec{Kind: kindMark, Actor: e.actor(), Alone: true, Rivals: rivals(kindMark)}
 	spec.Items, err = aim(ctx, a, o.selector, func(at int) (int, bool) { return version, at < version })
 	if err != nil {
 		return err

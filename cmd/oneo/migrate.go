@@ -163,7 +163,7 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 	if o.rehearse {
 		kind = kindRehearse
 	}
-	spec, err := o.spec(rollout.Spec{Kind: kind, Actor: e.actor(), Alone: true})
+	spec, err := o.spec(rollout.Spec{Kind: kind, Actor: e.actor(), Alone: true, Rivals: rivals(kind)})
 	if err != nil {
 		return err
 	}

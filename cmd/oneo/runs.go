@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -48,6 +49,17 @@ var runKinds = map[string]func(e *env, a *app.App, request json.RawMessage) (run
 	kindRehearse: migrateWork,
 	kindSQL:      sqlWork,
 	kindEach:     eachWork,
+}
+
+// rivals are the other kinds of runs that move the tenants to another version, for one of those kinds. A rehearsal moves
+// none.
+func rivals(kind string) []string {
+	all := []string{kindMigrate, kindDown, kindMark, kindUndo}
+	i := slices.Index(all, kind)
+	if i < 0 {
+		return nil
+	}
+	return slices.Delete(all, i, i+1)
 }
 
 // workOptions are the flags of those who work on a run.

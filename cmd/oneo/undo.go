@@ -103,7 +103,7 @@ var undoColumns = []column[undoable]{
 }
 
 func runUndo(ctx context.Context, e *env, name string, o undoOptions) error {
-	spec, err := o.spec(rollout.Spec{Kind: kindUndo, Actor: e.actor(), Alone: true})
+	spec, err := o.spec(rollout.Spec{Kind: kindUndo, Actor: e.actor(), Alone: true, Rivals: rivals(kindUndo)})
 	if err != nil {
 		return err
 	}

@@ -22,8 +22,8 @@ type Adoption struct {
 
 // Adopt makes a tenant of the schema that stands in a database already: the registry's row, domains, the tenant's role
 // with its rights, and ledger rows up to the version that the schema is said to be at. Nothing in it is changed but
-// rights. Conflict: there is no such schema, parts of it are not the owner's, or it differs from what the migrations
-// make at that version (unless forced: then `oneo migrate drift` shows how).
+// rights. Conflict: there is no such schema, parts of it are not the owner's, other tenants may look into it, or it
+// differs from what the migrations make at that version (unless forced: then `oneo migrate drift` shows how).
 func (p *Provisioner) Adopt(ctx context.Context, r CreateRequest, a Adoption) (tenant.Tenant, error) {
 	if r.AdminEmail != "" {
 		return tenant.Tenant{}, fault.New(fault.Invalid, "a tenant that is adopted has its users already").WithCode("invalid_request").
@@ -71,6 +71,11 @@ func (p *Provisioner) adoptSchema(ctx context.Context, tx *postgres.OwnerTx, r C
 	}
 	if err := owned(ctx, tx, r.Schema); err != nil {
 		return err
+	}
+	if p.o.DB.Isolation() == postgres.ByRole {
+		if err := isolated(ctx, tx, r.Schema, inst.AppRole); err != nil {
+			return err
+		}
 	}
 	role := p.role(inst, number)
 	if err := tx.Script(ctx, p.adoptionScript(r, inst, number, role)); err != nil {
@@ -131,6 +136,25 @@ where n.nspname = $1 and pg_catalog.pg_get_userbyid(o.owner) <> current_user ord
 		len(found), schema, owner, found[0].name, found[0].owner).WithCode("not_owned").
 		WithHint("as an administrator, in that database: reassign owned by %s to %s; or alter ... owner to for each, where %[1]s has others too",
 			postgres.Quote(found[0].owner), postgres.Quote(owner))
+}
+
+// isolated refuses a schema into which other tenants may look: all by what was granted to everybody or to the app role,
+// one by its own role. Whoever may not use the schema reaches nothing in it.
+func isolated(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, app string) error {
+	const query = `select case when a.grantee = 0 then 'public' else pg_catalog.quote_ident(r.rolname) end
+from pg_catalog.pg_namespace n cross join lateral pg_catalog.aclexplode(n.nspacl) a left join pg_catalog.pg_roles r on r.oid = a.grantee
+where n.nspname = $1 and a.privilege_type = 'USAGE'
+and (a.grantee = 0 or r.rolname = $2 or r.rolname in (select p.role from public.placements p)) order by 1`
+	rows, err := tx.Query(ctx, query, schema.String(), app)
+	if err != nil {
+		return err
+	}
+	to, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || len(to) == 0 {
+		return err
+	}
+	return fault.New(fault.Conflict, "other tenants may look into the schema %s: it is open to %s", schema, strings.Join(to, ", ")).
+		WithCode("not_isolated").WithHint("in that database: revoke all on schema %s from %s", postgres.Quote(schema.String()), strings.Join(to, ", "))
 }
 
 func differs(r CreateRequest, ds []structure.Difference) error {

@@ -2,6 +2,7 @@ package provision_test
 
 import (
 	"context"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -93,6 +94,39 @@ func TestAdoptRefusesWhatIsNotTheOwners(t *testing.T) {
 	_, err = f.p.Adopt(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "acme"), Schema: schemaOf(t, "legacy"), Actor: "test"}, provision.Adoption{Version: 2, Force: true})
 	require.ErrorContains(t, err, "relation records of postgres")
 	f.nothingMade(t, "main")
+}
+
+// What other tenants may look into is no tenant's own, also when its structure does not matter.
+func TestAdoptRefusesWhatOthersMaySee(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	ctx := t.Context()
+	admin := pgtest.Admin(t, f.env.AdminURL)
+	for i, to := range []string{"public", "oneo_app"} {
+		schema := []string{"legacy", "older"}[i]
+		f.foreign(t, "main", schema, 2)
+		_, err := admin.Exec(ctx, "grant usage on schema "+schema+" to "+to+"; grant select on all tables in schema "+schema+" to "+to+"; grant usage on schema "+schema+" to pg_monitor")
+		require.NoError(t, err)
+		request := provision.CreateRequest{Slug: pgtest.Slug(t, schema), Schema: schemaOf(t, schema), Actor: "test"}
+		_, err = f.p.Adopt(ctx, request, provision.Adoption{Version: 2, Force: true})
+		require.Equal(t, "not_isolated", fault.Of(err).Code, "%s: %v", to, err)
+		f.nothingMade(t, "main")
+		_, err = admin.Exec(ctx, fault.Of(err).Hint[strings.Index(fault.Of(err).Hint, "revoke"):])
+		require.NoError(t, err, "the hint is no SQL")
+	}
+	for _, schema := range []string{"legacy", "older"} {
+		_, err := f.p.Adopt(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, schema), Schema: schemaOf(t, schema), Actor: "test"}, provision.Adoption{Version: 2, Force: true})
+		require.NoError(t, err, "what others have, who are none of oneo's, is nobody's business")
+	}
+	// A neighbour's role.
+	neighbour := f.create(t, "globex", "main")
+	f.foreign(t, "main", "third", 2)
+	inst, err := f.db.Installation(ctx, "main")
+	require.NoError(t, err)
+	_, err = admin.Exec(ctx, "grant usage on schema third to "+postgres.Quote(inst.TenantRole(neighbour.Number)))
+	require.NoError(t, err)
+	_, err = f.p.Adopt(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, "third"), Schema: schemaOf(t, "third"), Actor: "test"}, provision.Adoption{Version: 2, Force: true})
+	require.Equal(t, "not_isolated", fault.Of(err).Code, "%v", err)
 }
 
 // nothingMade holds that a refused adoption has left nothing.

@@ -68,6 +68,9 @@ type Spec struct {
 	// Alone refuses a run while another one of its kind is open that has tenants in common with it, and goes on with
 	// that one when it was asked for by the same request. One whose processes are dead is aborted instead.
 	Alone bool
+	// Rivals are other kinds whose open runs stand in the way of one that is to be Alone: one run would take the tenants
+	// where another takes them from. Each of them names all the others.
+	Rivals []string
 	// Join goes on with an open run of its kind on the same tenants that was asked for by the same request, and minds no
 	// other one.
 	Join bool
@@ -197,7 +200,7 @@ func (r *Runner) Plan(ctx context.Context, s Spec) (run Run, joined bool, err er
 	err = r.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		if s.Alone || s.Join {
 			// Who plans a run of this kind waits for who plans another: a row lock would lock nothing when there is none.
-			if _, err := tx.Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, pg_catalog.hashtext($2))`, lockPlan, s.Kind); err != nil {
+			if _, err := tx.Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, pg_catalog.hashtext($2))`, lockPlan, slices.Min(s.kinds())); err != nil {
 				return err
 			}
 			other, found, err := r.inTheWay(ctx, tx, s, body)
@@ -225,15 +228,18 @@ func (r *Runner) Plan(ctx context.Context, s Spec) (run Run, joined bool, err er
 // in it wait for each other, and nothing worse.
 const lockPlan = 7302660
 
-// inTheWay looks for an open run of the same kind on the same tenants: one to be joined, or one that must end first.
-// Those without a living process are aborted.
+// kinds are those whose runs stand in each other's way.
+func (s Spec) kinds() []string { return append([]string{s.Kind}, s.Rivals...) }
+
+// inTheWay looks for an open run of the same kind, or of a rival, on the same tenants: one to be joined, or one that must
+// end first. Those without a living process are aborted.
 func (r *Runner) inTheWay(ctx context.Context, tx *postgres.OwnerTx, s Spec, body []byte) (id uuid.UUID, join bool, err error) {
 	numbers := make([]int32, len(s.Items))
 	for i, it := range s.Items {
 		numbers[i] = it.Tenant.Number
 	}
-	const open = `select o.id, o.state, o.request = $2::jsonb, o.actor, coalesce(o.heartbeat, o.created_at) > now() - $3::interval
-from public.operations o where o.kind = $1 and o.state in ('running', 'paused')
+	const open = `select o.id, o.state, o.kind = $5 and o.request = $2::jsonb, o.actor, coalesce(o.heartbeat, o.created_at) > now() - $3::interval
+from public.operations o where o.kind = any($1) and o.state in ('running', 'paused')
 and exists (select from public.tasks t where t.run = o.id and t.state in ('queued', 'running') and t.tenant = any($4))
 order by o.id for update`
 	type other struct {
@@ -242,7 +248,7 @@ order by o.id for update`
 		same, alive bool
 		actor       string
 	}
-	rows, err := tx.Query(ctx, open, s.Kind, body, r.o.StaleAfter, numbers)
+	rows, err := tx.Query(ctx, open, s.kinds(), body, r.o.StaleAfter, numbers, s.Kind)
 	if err != nil {
 		return id, false, err
 	}

@@ -632,3 +632,46 @@ func TestParseWave(t *testing.T) {
 		require.Error(t, err, text)
 	}
 }
+
+// Two kinds of runs that take the same tenants to different places are not at work at one time, also when both are
+// planned at the same moment.
+func TestRivals(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	r := newRunner(t, env)
+	kinds := []string{"run.up", "run.down"}
+	of := func(i, n int) rollout.Spec {
+		s := spec(t, n)
+		s.Kind, s.Alone, s.Rivals = kinds[i], true, kinds[1-i:2-i]
+		return s
+	}
+	for range 5 {
+		errs := make([]error, 2)
+		runs := make([]rollout.Run, 2)
+		var both sync.WaitGroup
+		for i := range kinds {
+			both.Go(func() { runs[i], _, errs[i] = r.Plan(t.Context(), of(i, 3)) })
+		}
+		both.Wait()
+		won := slices.Index(errs, nil)
+		require.GreaterOrEqual(t, won, 0, "%v", errs)
+		require.Error(t, errs[1-won], "both are planned")
+		require.Equal(t, "run_at_work", fault.Of(errs[1-won]).Code)
+		again, joined, err := r.Plan(t.Context(), of(won, 3))
+		require.NoError(t, err)
+		require.True(t, joined, "of its own kind the same run is gone on with")
+		require.Equal(t, runs[won].ID, again.ID)
+		_, err = r.Pause(t.Context(), runs[won].ID, "test")
+		require.NoError(t, err)
+		_, _, err = r.Plan(t.Context(), of(1-won, 3))
+		require.Equal(t, "run_paused", fault.Of(err).Code)
+		_, err = r.Abort(t.Context(), runs[won].ID, "test")
+		require.NoError(t, err)
+	}
+	dead := plan(t, r, of(0, 3))
+	require.Eventually(t, func() bool { _, _, err := r.Plan(t.Context(), of(1, 3)); return err == nil }, 30*time.Second, 10*time.Millisecond,
+		"a run whose process is dead stands in nobody's way")
+	dead, err := r.Show(t.Context(), dead.ID)
+	require.NoError(t, err)
+	require.Equal(t, registry.Aborted, dead.State, "nobody resumes it behind the other one")
+}
