@@ -170,7 +170,7 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 const codeNotSpare = "no_spares"
 
 // nameless refuses tables that hold the name of their schema as text, as of a function with "set search_path from
-// current": renaming the schema would leave them behind.
+// current" or in a row: renaming the schema would leave them behind. The transaction is bound to the schema.
 func nameless(ctx context.Context, tx *postgres.OwnerTx, schema string) error {
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1::text),
 named as materialized ( -- or every schema of the database would be looked through
@@ -186,11 +186,29 @@ named as materialized ( -- or every schema of the database would be looked throu
 	from pg_catalog.pg_class c join s on c.relnamespace = s.oid join pg_catalog.pg_trigger g on g.tgrelid = c.oid and not g.tgisinternal
 	union all
 	select 'the view ' || c.relname, pg_catalog.pg_get_viewdef(c.oid) from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('v', 'm')
+	union all
+	select 'the index ' || c.relname, pg_catalog.pg_get_indexdef(c.oid, 0, true) from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('i', 'I')
+	union all
+	select 'the policy ' || y.polname, concat(pg_catalog.pg_get_expr(y.polqual, c.oid), ' ', pg_catalog.pg_get_expr(y.polwithcheck, c.oid))
+	from pg_catalog.pg_class c join s on c.relnamespace = s.oid join pg_catalog.pg_policy y on y.polrelid = c.oid
 )
-select coalesce(pg_catalog.min(what), '') from named where pg_catalog.strpos(body, $1) > 0`
-	var what string
-	if err := tx.QueryRow(ctx, query, schema).Scan(&what); err != nil || what == "" {
+select coalesce(pg_catalog.min(what), ''), (
+	select coalesce(pg_catalog.string_agg(pg_catalog.format('select %L where exists (select from %s t where pg_catalog.strpos((t.*)::text, $1) > 0)',
+		'a row of ' || c.relname, c.oid::pg_catalog.regclass), ' union all '), '')
+	from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('r', 'm'))
+from named where pg_catalog.strpos(body, $1) > 0`
+	var what, rows string
+	if err := tx.QueryRow(ctx, query, schema).Scan(&what, &rows); err != nil {
 		return err
+	}
+	if what == "" && rows != "" {
+		const first = `select coalesce((select min(what) from (%s) as found (what)), '')`
+		if err := tx.QueryRow(ctx, fmt.Sprintf(first, rows), schema).Scan(&what); err != nil {
+			return err
+		}
+	}
+	if what == "" {
+		return nil
 	}
 	return fault.New(fault.Conflict, "no schema can be made ahead from these migrations: %s holds the schema's name as text", what).
 		WithCode(codeNotSpare).WithHint("write it without the name, or set provisioning.pool_size to 0")

@@ -560,7 +560,11 @@ func TestTablesThatNameTheirSchema(t *testing.T) {
 		"function": "create function f() returns int language sql set search_path from current as 'select 1';",
 		"default":  "create table a (at text); do $$ begin execute format('alter table a alter at set default %L', current_schema()); end $$;",
 		"check":    "create table a (at text); do $$ begin execute format('alter table a add check (at = %L)', current_schema()); end $$;",
-		"view":     "do $$ begin execute format('create view v as select %L::text as at', current_schema()); end $$;",
+		"policy": "create table a (at text); alter table a enable row level security; " +
+			"do $$ begin execute format('create policy p on a using (at = %L)', current_schema()); end $$;",
+		"index": "create table a (at text); do $$ begin execute format('create index on a ((at || %L))', current_schema()); end $$;",
+		"row":   "create table a (at text); insert into a values ('x'), (current_schema());",
+		"view":  "do $$ begin execute format('create view v as select %L::text as at', current_schema()); end $$;",
 		"trigger": "create table a (at text); create function g() returns trigger language plpgsql as 'begin return new; end'; " +
 			"do $$ begin execute format('create trigger t before insert on a for each row execute function g(%L)', current_schema()); end $$;",
 	} {
@@ -581,7 +585,8 @@ func TestTablesThatNameTheirSchema(t *testing.T) {
 	p := f.sized(t, 1, f.files(t, fstest.MapFS{"0001_a.up.sql": {Data: []byte(`create table a (id int primary key);
 create table b (id int generated always as identity, a int references a, at text default 'x' check (at <> ''));
 create view v as select a.id from a join b on b.a = a.id; create function g() returns trigger language plpgsql as 'begin return new; end';
-create trigger t before insert on b for each row execute function g()`)}}))
+create trigger t before insert on b for each row execute function g();
+insert into a values (1); create index on b ((at || 'x')); alter table b enable row level security; create policy p on b using (at = 'x')`)}}))
 	did, err := p.Keep(t.Context(), "main", 1)
 	require.NoError(t, err)
 	require.True(t, did)
