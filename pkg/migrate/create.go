@@ -46,6 +46,7 @@ func (m *Migrator) CreationScriptTo(version int) string {
 func (m *Migrator) Create(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, version int, before, after string) error {
 	sc := &script{lead: len(statementsOf(before))}
 	sc.b.WriteString(before)
+	retire(tx, m.sets[TenantSet][:version])
 	send := func() error {
 		done, err := tx.Run(ctx, sc.text())
 		if err != nil {

@@ -87,6 +87,7 @@ func (w *work) back(ctx context.Context, tx *postgres.OwnerTx, st standing) ([]F
 		}
 	}
 	files := w.m.sets[TenantSet]
+	retire(tx, files[w.target:st.head])
 	var steps []step
 	var did []File
 	for v := st.head; v > w.target; v-- {

@@ -52,6 +52,7 @@ type File struct {
 	shapes []shape // of a file without a transaction, one for each statement
 	steps  []statement
 	sized  bool // Up takes the size of a batch as $1
+	lasts  bool // Up or Down may leave something behind in its session
 }
 
 // String is the name by which people know the file: 0002_pipelines.
@@ -249,6 +250,7 @@ func (p parser) up(text string, d directives) error {
 	p.f.Up, p.f.Breaking, p.f.Kind = text, d.breaking, Transactional
 	p.f.Checksum = sha256.Sum256([]byte(text))
 	p.f.steps = statementsOf(text)
+	p.f.lasts = p.f.lasts || lasts(text)
 	if !d.noTransaction {
 		return nil
 	}
@@ -274,6 +276,7 @@ func (p parser) down(text string) error {
 		return err
 	}
 	p.f.Down = text
+	p.f.lasts = p.f.lasts || lasts(text)
 	return p.sound(text)
 }
 

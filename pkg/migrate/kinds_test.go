@@ -646,3 +646,40 @@ func TestUnsupportedStatementIsNamed(t *testing.T) {
 	require.ErrorContains(t, err, "0003_type failed in statement 2, line 2 (SQLSTATE 0A000)")
 	require.Equal(t, "1 1", s.version(t))
 }
+
+// What a migration sets for its session is not what the next tenant's migrations run under, nor any other work of the owner.
+func TestWhatAMigrationSetsEndsWithIt(t *testing.T) {
+	t.Parallel()
+	for _, sql := range []string{
+		"-- why\nSET IntervalStyle = 'sql_standard'", "set session intervalstyle to sql_standard", "select set_config('intervalstyle', 'sql_standard', false)",
+		"do $$ begin set intervalstyle = 'sql_standard'; end $$",
+		"select pg_advisory_lock(7, 7)", "prepare left_over as select 1",
+	} {
+		t.Run(sql, func(t *testing.T) {
+			t.Parallel()
+			s := newSteps(t)
+			s.put("0002_x.up.sql", sql)
+			s.put("0002_x.down.sql", sql)
+			db, _, _ := s.env.Open(t, func(o *postgres.Options) { o.OwnerConns = 1 })
+			m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: s.fs})
+			require.NoError(t, err)
+			clean := func(what string) {
+				t.Helper()
+				var left string
+				require.NoError(t, db.AsOwner(t.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+					return tx.QueryRow(t.Context(), `select concat_ws(' ', current_setting('intervalstyle'),
+	(select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()), (select min(name) from pg_prepared_statements where name = 'left_over'))`).Scan(&left)
+				}))
+				require.Equal(t, "postgres 0", left, what)
+			}
+			_, err = m.Tenant(t.Context(), s.a, migrate.TenantOptions{})
+			require.NoError(t, err)
+			clean("up")
+			_, err = m.Down(t.Context(), s.a, 1, migrate.TenantOptions{})
+			require.NoError(t, err)
+			clean("down")
+			create(t, provisioner(t, db, m), "globex")
+			clean("a new tenant")
+		})
+	}
+}

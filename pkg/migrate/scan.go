@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"regexp"
 	"strings"
 )
 
@@ -282,4 +283,41 @@ func skipDollar(sql string, i int) (kind tokenKind, end int, open bool) {
 	}
 	end, open = skipTo(sql, j+1, sql[i:j+1])
 	return literal, end, open
+}
+
+// lastingCalls are functions whose effect a session keeps, and in code that runs at once what sets a setting.
+var (
+	lastingCalls = regexp.MustCompile(`(?i)\b(set_config|pg_(try_)?advisory_lock(_shared)?)\b`)
+	lastingCode  = regexp.MustCompile(`(?i)\bset\s+(session\s+)?"?[a-z_.]+"?\s*(=|to\b)|\bset\s+(session\s+)?(role|time\s+zone|session\s+authorization)\b|\b(reset|listen|prepare|load)\b`)
+)
+
+// lasts reports whether a text may leave behind in its session what outlives its transaction. It errs to that side.
+// Temporary tables are refused to the owner.
+func lasts(sql string) bool {
+	if lastingCalls.MatchString(sql) {
+		return true
+	}
+	for _, s := range statementsOf(sql) {
+		first := make([]string, 0, 2)
+		for _, t := range tokens(s.text) {
+			if len(first) == cap(first) || t.kind != word {
+				break
+			}
+			first = append(first, strings.ToLower(s.text[t.start:t.end]))
+		}
+		first = append(first, "", "")
+		switch first[0] {
+		case "set":
+			if first[1] != "local" && first[1] != "constraints" && first[1] != "transaction" {
+				return true
+			}
+		case "reset", "load", "listen", "prepare", "declare", "discard":
+			return true
+		case "do":
+			if lastingCode.MatchString(s.text) {
+				return true
+			}
+		}
+	}
+	return false
 }

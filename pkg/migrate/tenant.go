@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -363,6 +364,7 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 			return nil, nil, err
 		}
 	}
+	retire(tx, files[:n])
 	steps := make([]step, n)
 	for i, f := range files[:n] {
 		steps[i] = step{file: f}
@@ -387,6 +389,14 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 		return files, nil, errRehearsed
 	}
 	return files[:n], nil, nil
+}
+
+// retire ends the connection with the transaction where the steps may leave something behind in the session: the next
+// tenant's would run under it.
+func retire(tx *postgres.OwnerTx, files []File) {
+	if slices.ContainsFunc(files, func(f File) bool { return f.lasts }) {
+		tx.Retire()
+	}
 }
 
 // step is what one step of a chunk consists of.
