@@ -3,7 +3,6 @@ package rollout_test
 import (
 	"bytes"
 	"context"
-	"log/slog"
 	"net"
 	"net/url"
 	"sync"
@@ -97,12 +96,11 @@ func TestTasksOfALostAnswerAreNotLost(t *testing.T) {
 	db, _, _ := env.Open(t, func(o *postgres.Options) {
 		o.Groups = map[string]postgres.Group{postgres.MainGroup: {URL: env.Group.URL, OwnerURL: owner}}
 	})
-	r, err := rollout.New(rollout.Options{DB: db, StaleAfter: time.Second, Logger: slog.New(slog.DiscardHandler)})
-	require.NoError(t, err)
+	r := newRunnerOn(t, db, pgtest.Patience)
 	var done counter
 	var ended atomic.Int32
 	c.left.Store(1)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), pgtest.Patience)
 	defer cancel()
 	end, err := r.Work(ctx, run.ID, rollout.WorkOptions{Jobs: 2}, func(_ context.Context, task rollout.Task) rollout.Outcome {
 		done.add(task.Slug)
@@ -124,10 +122,10 @@ func TestWhatWasDoneIsWrittenBehindALock(t *testing.T) {
 	env := pgtest.New(t)
 	run := plan(t, newRunner(t, env), spec(t, 2))
 	db, _, _ := env.Open(t, func(o *postgres.Options) { o.LockTimeout = 50 * time.Millisecond })
-	r, err := rollout.New(rollout.Options{DB: db, StaleAfter: time.Minute, Logger: slog.New(slog.DiscardHandler)})
-	require.NoError(t, err)
+	r := newRunnerOn(t, db, pgtest.Patience)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	var watching sync.WaitGroup
 	holder, watcher := pgtest.Admin(t, env.AdminURL), pgtest.Admin(t, env.AdminURL)
 	end, err := r.Work(ctx, run.ID, rollout.WorkOptions{Jobs: 2}, func(_ context.Context, task rollout.Task) rollout.Outcome {
 		if task.Ordinal == 1 {
@@ -141,7 +139,7 @@ func TestWhatWasDoneIsWrittenBehindALock(t *testing.T) {
 			return rollout.Outcome{Err: err}
 		}
 		cancel()
-		go func() { // once one has waited in vain
+		watching.Go(func() { // once one has waited in vain
 			const waiting = `select count(*) from pg_locks where not granted`
 			seen := false
 			for {
@@ -152,9 +150,10 @@ func TestWhatWasDoneIsWrittenBehindALock(t *testing.T) {
 				seen = seen || n > 0
 			}
 			_, _ = holder.Exec(context.Background(), "rollback")
-		}()
+		})
 		return rollout.Outcome{}
 	})
+	watching.Wait()
 	require.ErrorIs(t, err, context.Canceled)
 	require.Equal(t, 2, end.OK, "%+v", end.Counts)
 }

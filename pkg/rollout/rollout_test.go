@@ -669,6 +669,7 @@ func TestRivals(t *testing.T) {
 		require.NoError(t, err)
 	}
 	dead := plan(t, r, of(0, 3))
+	r = newRunnerOn(t, env.DB, 100*time.Millisecond)
 	require.Eventually(t, func() bool { _, _, err := r.Plan(t.Context(), of(1, 3)); return err == nil }, 30*time.Second, 10*time.Millisecond,
 		"a run whose process is dead stands in nobody's way")
 	dead, err := r.Show(t.Context(), dead.ID)
