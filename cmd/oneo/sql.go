@@ -164,7 +164,14 @@ func runSQL(ctx context.Context, e *env, o sqlOptions, statement string) error {
 	if err != nil {
 		return err
 	}
-	a, ts, err := o.begin(ctx, e, spec, newMerged(e, []string{}, 0), func() error { return postgres.CheckStatement(statement) })
+	a, ts, err := o.begin(ctx, e, spec, newMerged(e, []string{}, 0), func() error {
+		err := postgres.CheckStatement(statement)
+		if err == nil && mode == sqlRead && postgres.ChangesRows(statement) {
+			err = fault.New(fault.Invalid, "the statement changes rows, and reading is the default").WithCode("read_only").
+				WithHint("add --write to change rows, or --rehearse to try it")
+		}
+		return err
+	})
 	if err != nil || len(ts) == 0 {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -119,7 +120,7 @@ func runUndo(ctx context.Context, e *env, name string, o undoOptions) error {
 		return err
 	}
 	if err := mayUndo(run); err != nil {
-		return err
+		return elsewhere(ctx, a, err)
 	}
 	all, err := undoables(ctx, a, run, o.selector)
 	if err != nil {
@@ -149,7 +150,10 @@ func runUndo(ctx context.Context, e *env, name string, o undoOptions) error {
 			}
 		case u.skipped != "":
 			e.say("skipped %s: %s", u.task.Slug, u.skipped)
-			if u.task.State != "ok" {
+			switch {
+			case u.point.Undone:
+				r.from, r.to = u.point.From, u.point.From
+			case u.task.State != "ok":
 				r.from, r.to = u.task.From, u.task.From
 			}
 			rows = append(rows, r)
@@ -182,6 +186,24 @@ func runUndo(ctx context.Context, e *env, name string, o undoOptions) error {
 	}
 	spec.Request = undoRequest{Run: run.ID, Timeout: o.timeout, Tenants: o.selector.names, Exclude: o.selector.exclude}
 	return planAndWork(ctx, e, a, spec, o.workOptions, rows)
+}
+
+// elsewhere adds to the refusal of a run which is the newest that can be taken back: "last" may be any kind of run.
+func elsewhere(ctx context.Context, a *app.App, refusal error) error {
+	f := fault.Of(refusal)
+	if f.Code != "not_undoable" {
+		return refusal
+	}
+	runs, err := a.Rollout.List(ctx, 1000, false)
+	if err != nil {
+		return refusal // it stands without the hint
+	}
+	for _, r := range runs {
+		if mayUndo(r) == nil {
+			return f.WithHint("the newest run that kept undo points: oneo undo %s", r.ID)
+		}
+	}
+	return refusal
 }
 
 // mayUndo refuses a run that cannot be taken back as a whole.
@@ -289,6 +311,9 @@ func undoables(ctx context.Context, a *app.App, run rollout.Run, s selector) ([]
 // whatGoes tells of each tenant what it loses, and says it in one sentence.
 func whatGoes(e *env, run rollout.Run, ready []undoable) string {
 	var rows int64
+	// Who loses most is told of first.
+	ready = slices.Clone(ready)
+	slices.SortStableFunc(ready, func(a, b undoable) int { return cmp.Compare(b.loss.Rows, a.loss.Rows) })
 	for i, u := range ready {
 		rows += u.loss.Rows
 		if i >= fewTenants {

@@ -129,6 +129,7 @@ func (a *App) open() (err error) {
 func migrations(c config.Config) (o migrate.Options, err error) {
 	o.Files = schemas.Files
 	if c.Schemas.Dir != "" {
+		o.TenantDir = c.Schemas.Dir
 		o.Tenant, err = folder(c.Schemas.Dir)
 	}
 	return o, err

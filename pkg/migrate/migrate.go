@@ -11,6 +11,7 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -40,6 +41,8 @@ type Options struct {
 	Files fs.FS // holds the folders group and shared, and tenant unless Tenant is given
 	// Tenant replaces the folder tenant of Files with the root of another file system.
 	Tenant fs.FS
+	// TenantDir is what messages call the root of Tenant; empty: ".".
+	TenantDir string
 	// Funcs are steps of the tenant set that are written in Go; they fill numbers that no file has.
 	Funcs []Func
 	// LockWait is how long a step waits for another operation on the same tenant; 0 is 10 seconds.
@@ -66,7 +69,7 @@ func New(db *postgres.DB, o Options) (*Migrator, error) {
 		}
 		byVersion, err := read(fsys, dir)
 		if err != nil {
-			return nil, err
+			return nil, o.called(err)
 		}
 		for v, f := range byVersion {
 			if set != TenantSet && (f.Kind != Transactional || f.Breaking) {
@@ -75,14 +78,25 @@ func New(db *postgres.DB, o Options) (*Migrator, error) {
 		}
 		if set == TenantSet {
 			if err := addFuncs(dir, byVersion, o.Funcs); err != nil {
-				return nil, err
+				return nil, o.called(err)
 			}
 		}
 		if m.sets[set], err = ordered(dir, byVersion); err != nil {
-			return nil, err
+			return nil, o.called(err)
 		}
 	}
 	return m, nil
+}
+
+// called has a fault of the files say in which folder they are.
+func (o Options) called(err error) error {
+	var f *fault.Fault
+	if o.TenantDir != "" && errors.As(err, &f) {
+		if rest, is := strings.CutPrefix(f.Message, "migrations in .: "); is {
+			f.Message = "migrations in " + o.TenantDir + ": " + rest
+		}
+	}
+	return err
 }
 
 func addFuncs(dir string, byVersion map[int]*File, funcs []Func) error {

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -64,8 +66,14 @@ func CheckStatement(sql string) error {
 	if err == nil {
 		return nil
 	}
-	return fault.New(fault.Invalid, "%s", fault.Of(err).Message).WithCode("statement_refused").
+	// An operator knows of no bound transaction.
+	return fault.New(fault.Invalid, "%s", strings.TrimSuffix(fault.Of(err).Message, " in a bound transaction")).WithCode("statement_refused").
 		WithHint("select, insert, update, delete, merge, with, values and explain are; changes of tables belong in a migration")
+}
+
+// ChangesRows reports whether a statement is there to change rows, as far as its first word tells.
+func ChangesRows(sql string) bool {
+	return slices.Contains([]string{"insert", "update", "delete", "merge"}, firstWord(sql))
 }
 
 // AsTenant runs one statement of an operator's in a transaction bound to the tenant, with the tenant's own rights, in

@@ -89,7 +89,7 @@ func TestList(t *testing.T) {
 	})
 	requireFault(t, err, fault.NotFound, "unknown_tenant")
 	require.Contains(t, fault.Of(err).Hint, "acme-1")
-	for _, bad := range []string{"[", `a\b`, "", "[a-"} {
+	for _, bad := range []string{"[", `a\b`, "", "[a-", "acme-[12]", "{acme-1,acme-2}"} {
 		err := app(env, func(ctx context.Context, q postgres.Querier) error {
 			_, err := registry.List(ctx, q, registry.Filter{Names: []string{bad}})
 			return err

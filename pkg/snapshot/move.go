@@ -269,7 +269,9 @@ func (w *undoing) takeOff(ctx context.Context, m *mover, oids []uint32) (off []s
 	const list = `select k.conname::text, t.relname::text, true, k.conrelid = any($2::oid[]), k.confrelid = any($2::oid[])
 	or k.confrelid not in (` + inSchema + `'pg_catalog.pg_class'::pg_catalog.regclass)
 from pg_catalog.pg_constraint k join pg_catalog.pg_class t on t.oid = k.conrelid
-where k.contype = 'f' and k.conparentid = 0 and (k.conrelid = any($2::oid[]) or k.confrelid = any($2::oid[]))
+where k.contype = 'f' and k.conparentid = 0 and k.oid in ( -- by an index: those of the tables, and those that refer to them
+	select d.objid from pg_catalog.pg_depend d where d.classid = 'pg_catalog.pg_constraint'::pg_catalog.regclass
+		and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.refobjid = any($2::oid[]))
 union all
 select g.tgname::text, t.relname::text, false, true, true from pg_catalog.pg_trigger g join pg_catalog.pg_class t on t.oid = g.tgrelid
 where g.tgrelid = any($2::oid[]) and not g.tgisinternal`
