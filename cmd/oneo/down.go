@@ -229,9 +229,10 @@ type markOptions struct {
 func newMarkCmd(e *env) *cobra.Command {
 	o := markOptions{}
 	cmd := &cobra.Command{
-		Use: "mark VERSION", Short: "Record migrations as applied without running them",
+		Use: "mark VERSION", Short: "Record migrations as applied without running them", SuggestFor: []string{"baseline"},
 		Long: `Write the ledger rows of what selected tenants lack up to VERSION and run nothing: for tenants in which
-the change was made by hand. ` + "`oneo migrate drift`" + ` says whether that is so. It asks before.`,
+the change was made by hand. ` + "`oneo migrate drift`" + ` says whether that is so. It asks before. A schema that another
+tool made, and that is no tenant yet, is taken over with its version by ` + "`oneo tenant adopt`" + `.`,
 		Example: "  oneo migrate mark 14 --applied -t acme", Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var version int

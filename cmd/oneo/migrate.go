@@ -61,7 +61,7 @@ With --undo-point each tenant's rows are kept of the tables that its migrations 
   oneo migrate --all-tenants --dry-run
   oneo migrate --all-tenants --undo-point
   oneo migrate -t acme -t 'beta-*' --rehearse`,
-		Args: usageArgs(cobra.NoArgs),
+		Args: known,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runMigrate(cmd.Context(), e, o) },
 	}
 	o.selector.bind(cmd, e)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"os/user"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -378,14 +379,17 @@ func known(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
 	}
-	var verbs []string
+	var verbs, other []string
 	for _, c := range cmd.Commands() {
 		if c.IsAvailableCommand() || c.Name() == "help" {
 			verbs = append(verbs, c.Name())
 		}
+		if slices.Contains(c.SuggestFor, args[0]) { // what other tools call it
+			other = append(other, c.Name())
+		}
 	}
 	f := fault.New(fault.Invalid, "unknown command %q for %q", args[0], cmd.CommandPath()).WithCode("unknown_command")
-	if near := fault.Nearest(args[0], verbs, 3); len(near) > 0 {
+	if near := append(other, fault.Nearest(args[0], verbs, 3)...); len(near) > 0 {
 		return errUsage{f.WithHint("did you mean %s %s?", cmd.CommandPath(), strings.Join(near, ", "))}
 	}
 	return errUsage{f.WithHint("%s --help lists the commands", cmd.CommandPath())}
