@@ -531,14 +531,29 @@ func TestLossIsTold(t *testing.T) {
 func TestLossDuringTheRunIsTold(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
-	m := f.with(first, `update books set title = title || '!'`,
+	late, within := pgtest.Admin(t, f.AdminURL), pgtest.Admin(t, f.AdminURL)
+	steps := files(first, `update books set title = title || '!'`,
 		`data:update authors set name = name || '.' where name not like '%.' and id in (select id from authors where name not like '%.' order by id limit 2)`,
 		`update authors set name = name || '!' where id = 1; create table notes (id int); insert into notes values (1)`)
+	m, err := migrate.New(f.DB, migrate.Options{Files: schemas.Files, Tenant: steps, LockWait: 20 * time.Second, Funcs: []migrate.Func{{
+		Version: 5, Name: "in_go", Key: "1", Up: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if err := tx.Script(ctx, `insert into authors (name) values ('by the run')`); err != nil {
+				return err
+			}
+			if _, err := late.PgConn().Exec(ctx, `insert into acme.authors (name) values ('meanwhile')`).ReadAll(); err != nil {
+				return err
+			}
+			if _, err := within.PgConn().Exec(ctx, `begin; select pg_current_xact_id()`).ReadAll(); err != nil {
+				return err
+			}
+			return tx.Script(ctx, `savepoint more; insert into authors (name) values ('by the run as well'); release savepoint more`)
+		},
+	}}})
+	require.NoError(t, err)
 	s := f.snapshots(m)
 	early := pgtest.Admin(t, f.AdminURL)
-	_, err := early.PgConn().Exec(t.Context(), `set search_path to acme; begin; select pg_current_xact_id()`).ReadAll()
+	_, err = early.PgConn().Exec(t.Context(), `set search_path to acme; begin; select pg_current_xact_id()`).ReadAll()
 	require.NoError(t, err)
-	late := pgtest.Admin(t, f.AdminURL)
 	run := uuid.New()
 	batches := 0
 	_, err = m.Tenant(t.Context(), f.t1, migrate.TenantOptions{Keeper: s.Keeper(run, f.t1), Progress: func(p migrate.Progress) {
@@ -554,13 +569,15 @@ func TestLossDuringTheRunIsTold(t *testing.T) {
 	require.Greater(t, batches, 1)
 	_, err = early.PgConn().Exec(t.Context(), `insert into acme.books (author, title) values (1, 'begun before the run'); commit`).ReadAll()
 	require.NoError(t, err)
+	_, err = within.PgConn().Exec(t.Context(), `insert into acme.authors (name) values ('begun during a step'); commit`).ReadAll()
+	require.NoError(t, err)
 	loss, err := s.Check(t.Context(), f.t1, run)
 	require.NoError(t, err)
-	require.EqualValues(t, 2+1+1, loss.Rows, "two authors, the book, and what its trigger wrote to log")
+	require.EqualValues(t, 4+1+1, loss.Rows, "four authors, the book, and what its trigger wrote to log")
 	f.in(f.t1, `update notes set id = 2`)
 	loss, err = s.Check(t.Context(), f.t1, run)
 	require.NoError(t, err)
-	require.EqualValues(t, 5, loss.Rows)
+	require.EqualValues(t, 7, loss.Rows)
 }
 
 // The copies and what was taken out are the owner's alone, and end with the tenant.
