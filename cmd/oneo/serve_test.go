@@ -52,7 +52,7 @@ func child(env *pgtest.Env, extra []string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(binary, args...)
 	cmd.Env = slices.Concat([]string{
-		"ONEO_TEST_BE_ONEO=1", "PATH=" + os.Getenv("PATH"), "HOME=/nowhere", "ONEO_REDIS_URL=",
+		"ONEO_TEST_BE_ONEO=1", "PATH=" + os.Getenv("PATH"), "HOME=/nowhere", "GORACE=" + os.Getenv("GORACE"), "ONEO_REDIS_URL=",
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
 	}, patience, extra)
 	return cmd

@@ -142,7 +142,7 @@ func TestServedWhileTakenBack(t *testing.T) {
 				select {
 				case <-stop:
 					return
-				default:
+				case <-time.After(5 * time.Millisecond): // so that the machine has time for the migration, and for other tests
 				}
 				method, path, body, want := "POST", "/api/v1/pipelines/deals/records", fmt.Sprintf(`{"data":{"note":"%d of %d"}}`, i, u), http.StatusCreated
 				if i%3 == 2 {

@@ -62,6 +62,10 @@ var shared cluster // one server a process: starting one costs half a second
 // Main runs the tests of a package and stops what they started.
 func Main(m *testing.M) {
 	defer shared.stop()
+	// A process with the race detector sleeps for a second before it ends, and tests start hundreds of them.
+	if os.Getenv("GORACE") == "" {
+		_ = os.Setenv("GORACE", "atexit_sleep_ms=10") // for the children: it is read at the start
+	}
 	m.Run()
 }
 
