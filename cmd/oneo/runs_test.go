@@ -33,7 +33,8 @@ type product struct {
 }
 
 // newProduct makes n tenants at version 2. Whenever a migration of next is committed in a tenant, a trigger notes it in
-// public.executions: that is the truth about how often it ran.
+// public.executions: that is the truth about how often it ran. Runs over them are given --force where the linter is not what
+// is tested: to load its parser takes longer than most of them.
 func newProduct(t *testing.T, n int) *product {
 	t.Helper()
 	_, err := plainOneo()
@@ -119,14 +120,14 @@ func TestKilledRunsGoOn(t *testing.T) {
 		} else if point == "run.settling" || point == "run.settled" {
 			place = point + "=exit@3"
 		}
-		_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=" + place}, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+		_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=" + place}, "migrate", "--force", "--all-tenants", "--jobs", "3", "--progress", "none")
 		require.Equalf(t, 137, code, "%s did not fire: %s", place, stderr)
 		var done int
 		require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from public.executions where version = $1`, version).Scan(&done))
 		require.Less(t, done, 200, "%s: killed in the middle", point)
 		p.died()
 
-		_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+		_, stderr, code = p.run(nil, "migrate", "--force", "--all-tenants", "--jobs", "3", "--progress", "none")
 		require.Zerof(t, code, "again after %s: %s", place, stderr)
 		if point != "run.planning" {
 			require.Contains(t, stderr, "going on with the run", point)
@@ -151,7 +152,7 @@ func TestProcessesShareARunOfMigrations(t *testing.T) {
 			if i < 2 {
 				env = append(env, fmt.Sprintf("ONEO_FAILPOINTS=run.claimed=exit@%d", 10+7*i))
 			}
-			_, stderr, code := oneo(t, p.env, append(p.extra[:len(p.extra):len(p.extra)], env...), "migrate", "--all-tenants", "--jobs", "2", "--progress", "none")
+			_, stderr, code := oneo(t, p.env, append(p.extra[:len(p.extra):len(p.extra)], env...), "migrate", "--force", "--all-tenants", "--jobs", "2", "--progress", "none")
 			if i >= 2 && code != 0 {
 				t.Errorf("process %d: exit %d: %s", i, code, stderr)
 			}
@@ -174,7 +175,7 @@ func TestInterruptedRunIsResumed(t *testing.T) {
 create function ext.slowly() returns void language plpgsql security definer set search_path to pg_catalog, pg_temp as
 	$$ begin perform pg_sleep(2) from public.slow; end $$; grant execute on function ext.slowly to public`)
 	version := p.next("select ext.slowly();")
-	cmd := child(p.env, p.extra, "migrate", "--all-tenants", "--jobs", "2", "--progress", "json")
+	cmd := child(p.env, p.extra, "migrate", "--force", "--all-tenants", "--jobs", "2", "--progress", "json")
 	logs := &buffer{}
 	cmd.Stderr = logs
 	require.NoError(t, cmd.Start())
@@ -210,7 +211,7 @@ func TestBusyTenantDoesNotHoldUpARun(t *testing.T) {
 	reader := pgtest.Admin(t, p.env.AdminURL)
 	_, err := reader.PgConn().Exec(t.Context(), `begin; select count(*) from t000.records`).ReadAll()
 	require.NoError(t, err)
-	cmd := child(p.env, append(p.extra, "ONEO_DATABASE_LOCK_TIMEOUT=300ms", "ONEO_MIGRATE_PATIENCE=1h"), "migrate", "--all-tenants", "--jobs", "2")
+	cmd := child(p.env, append(p.extra, "ONEO_DATABASE_LOCK_TIMEOUT=300ms", "ONEO_MIGRATE_PATIENCE=1h"), "migrate", "--force", "--all-tenants", "--jobs", "2")
 	logs := &buffer{}
 	cmd.Stderr = logs
 	require.NoError(t, cmd.Start())
@@ -281,7 +282,7 @@ func TestSharedSchemaComesFirst(t *testing.T) {
 	p := newProduct(t, 2)
 	version := p.next("")
 	p.exec(`delete from public.ledger where set = 'shared' and version = 3`) // its tables are there already: it fails
-	_, stderr, code := p.run(nil, "migrate", "--all-tenants")
+	_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants")
 	require.Equal(t, exitUsage, code, stderr)
 	require.Contains(t, stderr, "0003_runs")
 	var touched int
@@ -296,7 +297,7 @@ func TestDownTakesTheFleetBack(t *testing.T) {
 	p := newProduct(t, 6)
 	p.next("")
 	p.next("")
-	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants", "--progress", "none")
 	require.Zero(t, code, stderr)
 	_, stderr, code = p.run(nil, "migrate", "down", "--steps", "1", "-t", "t000")
 	require.Equal(t, exitUsage, code)
@@ -313,7 +314,7 @@ func TestDownTakesTheFleetBack(t *testing.T) {
 	require.NoError(t, p.admin.QueryRow(t.Context(), `select count(*) from information_schema.columns where table_name = 'records' and column_name like 'c_'`).Scan(&columns))
 	require.Zero(t, columns)
 	require.NoError(t, os.Remove(filepath.Join(p.dir, "0003_step.down.sql")))
-	_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	_, stderr, code = p.run(nil, "migrate", "--force", "--all-tenants", "--progress", "none")
 	require.Zero(t, code, stderr)
 	_, stderr, code = p.run(nil, "migrate", "down", "--to", "2", "--all-tenants", "--yes")
 	require.Equal(t, exitUsage, code)
@@ -338,10 +339,10 @@ func TestRunThroughPgBouncer(t *testing.T) {
 	version := p.next("")
 	text := "-- oneo: no-transaction\ncreate index concurrently records_version on records (version);\ninsert into executed (version) values (4);\n"
 	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "0004_index.up.sql"), []byte(text), 0o600))
-	_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=run.worked=exit@20"}, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+	_, stderr, code := p.run([]string{"ONEO_FAILPOINTS=run.worked=exit@20"}, "migrate", "--force", "--all-tenants", "--jobs", "3", "--progress", "none")
 	require.Equal(t, 137, code, stderr)
 	p.died()
-	_, stderr, code = p.run(nil, "migrate", "--all-tenants", "--jobs", "3", "--progress", "none")
+	_, stderr, code = p.run(nil, "migrate", "--force", "--all-tenants", "--jobs", "3", "--progress", "none")
 	require.Zero(t, code, stderr)
 	p.executedOnce(version)
 	p.executedOnce(4)
@@ -369,7 +370,7 @@ func TestRunWhoseLastWordWasLostIsConcluded(t *testing.T) {
 	}
 	for _, look := range [][]string{{"migrate", "run", "list", "--open"}, {"migrate", "run", "show", "last"}, {"migrate", "status", "--check"}, {"sql", "-t", "t000", "select 1"}} {
 		version := p.next("")
-		dies("run.worked", "migrate", "--all-tenants")
+		dies("run.worked", "migrate", "--force", "--all-tenants")
 		p.executedOnce(version)
 		_, stderr, code := p.run(nil, look...)
 		require.Zero(t, code, stderr)
@@ -383,7 +384,7 @@ func TestRunWhoseLastWordWasLostIsConcluded(t *testing.T) {
 	require.Zero(t, code)
 	require.Equal(t, "done", last())
 
-	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--progress", "none")
+	_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants", "--progress", "none")
 	require.Zero(t, code, stderr)
 	dies("run.worked", "migrate", "down", "--steps", "1", "--all-tenants", "--yes")
 	_, _, code = p.run(nil, "migrate", "run", "list")

@@ -127,7 +127,7 @@ func TestHalfMigratedColumnsAreNotMixed(t *testing.T) {
 	t.Parallel()
 	p := newProduct(t, 9)
 	p.next("")
-	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--exclude", "t000", "--exclude", "t004", "--progress", "none")
+	_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants", "--exclude", "t000", "--exclude", "t004", "--progress", "none")
 	require.Zero(t, code, stderr)
 	p.exec(`insert into t000.pipelines (id, key, name) select gen_random_uuid(), 'a', 'a'; insert into t001.pipelines (id, key, name) select gen_random_uuid(), 'a', 'a'`)
 	stdout, stderr, code := p.run(nil, "sql", "--all-tenants", "--progress", "none", "-o", "ndjson", "select * from records right join (select 1 as one) x on true")

@@ -37,7 +37,7 @@ func undone(t *testing.T, n int) (*product, string) {
 		require.NoError(t, os.WriteFile(filepath.Join(p.dir, f.Name()), text, 0o600))
 	}
 	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "0003_mark.up.sql"), []byte("update users set name = name || '!' where name not like '%!';\nalter table records add column note text;\n"), 0o600))
-	_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--undo-point", "--progress", "none")
+	_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants", "--undo-point", "--progress", "none")
 	require.Zero(t, code, stderr)
 	_, rest, ok := strings.Cut(stderr, "to take it back: oneo undo ")
 	require.True(t, ok, stderr)
@@ -162,7 +162,7 @@ func TestServedWhileTakenBack(t *testing.T) {
 		})
 	}
 	for range 5 {
-		_, stderr, code := p.run(nil, "migrate", "--all-tenants", "--undo-point", "--progress", "none")
+		_, stderr, code := p.run(nil, "migrate", "--force", "--all-tenants", "--undo-point", "--progress", "none")
 		require.Zero(t, code, stderr)
 		_, stderr, code = p.run(nil, "undo", "last", "--yes", "--progress", "none")
 		require.Zero(t, code, stderr)
