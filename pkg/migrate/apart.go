@@ -110,6 +110,15 @@ func (a *apart) resume(ctx context.Context) error {
 			WithCode("edited_migration").WithHint("restore them; what comes after them may be mended")
 	}
 	a.p = p
+	// What the statements that are done have set was set for another session.
+	for i, s := range a.f.steps[:p.statements] {
+		if !sets(s.text) {
+			continue
+		}
+		if err := a.s.Script(ctx, s.text); err != nil {
+			return a.failed(err, i)
+		}
+	}
 	return nil
 }
 

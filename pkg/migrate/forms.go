@@ -211,8 +211,15 @@ func shapeOf(sql string) (shape, error) {
 func dataShape(sql string) (sized bool, err error) {
 	changes := false
 	depth := 0
+	before := ""
 	for _, t := range tokens(sql) {
+		after := before
+		if before = ""; t.kind == word {
+			before = strings.ToLower(sql[t.start:t.end])
+		}
 		switch {
+		case after == "skip" && before == "locked":
+			return false, fmt.Errorf("skip locked passes over the rows that others hold, and it would be done without them: leave it out, a batch waits for them and is tried again")
 		case t.kind == parameter && sql[t.start:t.end] != "$1":
 			return false, fmt.Errorf("%s: its one parameter is $1, the size of a batch", sql[t.start:t.end])
 		case t.kind == parameter:

@@ -54,6 +54,8 @@ func TestLoadKinds(t *testing.T) {
 		"no statement":        {files("0001_a.data.sql", "-- nothing\n;"), "one statement, not 0"},
 		"$2":                  {files("0001_a.data.sql", "delete from a where id = $2"), "$2"},
 		"reads":               {files("0001_a.data.sql", "with x as (delete from a returning 1) select count(*) from x"), "it reads"},
+		"skip locked":         {files("0001_a.data.sql", "update a set b = 1 where id in (select id from a where b is null limit $1 for update SKIP\n-- on\nlocked)"), "would be done without them"},
+		"for update":          {files("0001_a.data.sql", "update a set skip = locked where id in (select id from a where b = 'skip locked' limit $1 for update)"), ""},
 		"ddl data":            {files("0001_a.data.sql", "create table a (id int)"), "insert, update, delete or merge"},
 		"up and data":         {files("0001_a.data.sql", "delete from a", "0001_a.up.sql", "select 1"), "stands twice"},
 		"directive down":      {files("0001_a.up.sql", "select 1", "0001_a.down.sql", noTx+"select 1"), "takes no directive"},
@@ -682,4 +684,21 @@ func TestWhatAMigrationSetsEndsWithIt(t *testing.T) {
 			clean("a new tenant")
 		})
 	}
+}
+
+// What a file without a transaction has set for its session holds also for the statements behind the one that failed.
+func TestWhatAFileSetsHoldsWhenItIsTakenUpAgain(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	const head = "-- oneo: no-transaction\ncreate table log (at text);\nset intervalstyle = 'sql_standard';\nreset intervalstyle;\n" +
+		"set session intervalstyle = 'iso_8601';\ninsert into log values (current_setting('intervalstyle'));\n"
+	s.put("0002_b.up.sql", head+"insert into log values (1/0)")
+	_, err := s.migrator(t).Tenant(t.Context(), s.a, migrate.TenantOptions{})
+	require.Equal(t, "22012", postgres.SQLState(err), "%v", err)
+	s.put("0002_b.up.sql", head+"insert into log values (current_setting('intervalstyle'))")
+	_, err = s.migrator(t).Tenant(t.Context(), s.a, migrate.TenantOptions{})
+	require.NoError(t, err)
+	var log string
+	require.NoError(t, pgtest.Admin(t, s.env.AdminURL).QueryRow(t.Context(), "select string_agg(at, ' ') from acme.log").Scan(&log))
+	require.Equal(t, "iso_8601 iso_8601", log)
 }

@@ -298,26 +298,37 @@ func lasts(sql string) bool {
 		return true
 	}
 	for _, s := range statementsOf(sql) {
-		first := make([]string, 0, 2)
-		for _, t := range tokens(s.text) {
-			if len(first) == cap(first) || t.kind != word {
-				break
-			}
-			first = append(first, strings.ToLower(s.text[t.start:t.end]))
-		}
-		first = append(first, "", "")
-		switch first[0] {
-		case "set":
-			if first[1] != "local" && first[1] != "constraints" && first[1] != "transaction" {
-				return true
-			}
-		case "reset", "load", "listen", "prepare", "declare", "discard":
+		switch first, _ := firstWords(s.text); {
+		case sets(s.text):
 			return true
-		case "do":
-			if lastingCode.MatchString(s.text) {
-				return true
-			}
+		case first == "load", first == "listen", first == "prepare", first == "declare", first == "discard":
+			return true
+		case first == "do" && lastingCode.MatchString(s.text):
+			return true
 		}
 	}
 	return false
+}
+
+// sets reports whether a statement sets something for the rest of its session.
+func sets(statement string) bool {
+	switch first, second := firstWords(statement); first {
+	case "reset":
+		return true
+	case "set":
+		return second != "local" && second != "constraints" && second != "transaction"
+	}
+	return false
+}
+
+// firstWords are the two words with which a statement begins, in lower case; empty where it is no word.
+func firstWords(statement string) (first, second string) {
+	found := make([]string, 2)
+	for i, t := range tokens(statement) {
+		if t.kind != word || i == len(found) {
+			break
+		}
+		found[i] = strings.ToLower(statement[t.start:t.end])
+	}
+	return found[0], found[1]
 }
