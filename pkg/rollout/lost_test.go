@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/fleet"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -156,4 +158,51 @@ func TestWhatWasDoneIsWrittenBehindALock(t *testing.T) {
 	watching.Wait()
 	require.ErrorIs(t, err, context.Canceled)
 	require.Equal(t, 2, end.OK, "%+v", end.Counts)
+}
+
+// A tenant whose patience had ended is tried as patiently as any other once it is retried, by the same process too.
+func TestARetriedTenantHasAllPatience(t *testing.T) {
+	t.Parallel()
+	r := newRunner(t, pgtest.New(t))
+	run := plan(t, r, spec(t, 2))
+	busy := fault.New(fault.Locked, "busy")
+	given, retried := make(chan struct{}), make(chan struct{})
+	var again atomic.Int32
+	var ended sync.WaitGroup
+	ended.Go(func() {
+		<-given
+		for {
+			run, err := r.Retry(t.Context(), run.ID, "test")
+			if err != nil || run.Failed == 0 && run.Left() == 2 {
+				break
+			}
+		}
+		close(retried)
+	})
+	failed := false
+	end, err := r.Work(t.Context(), run.ID, rollout.WorkOptions{
+		Jobs: 2, Patience: 4 * time.Second,
+		Told: func(e rollout.Event) {
+			if e.Task != nil && e.Task.Ordinal == 0 && e.Outcome.Status == fleet.Failed && e.Again == 0 && !failed {
+				failed = true
+				close(given)
+			}
+		},
+	}, func(_ context.Context, task rollout.Task) rollout.Outcome {
+		if task.Ordinal == 1 {
+			<-retried
+			return rollout.Outcome{}
+		}
+		select {
+		case <-retried:
+			if again.Add(1) > 1 {
+				return rollout.Outcome{}
+			}
+		default:
+		}
+		return rollout.Outcome{Err: busy}
+	})
+	ended.Wait()
+	require.NoError(t, err)
+	require.Equal(t, registry.Done, end.State, "%+v", end.Counts)
 }

@@ -335,6 +335,7 @@ func (w *crew) decide(e ended) ended {
 	wait := min(500*time.Millisecond<<min(e.task.Attempts-1, 6), 30*time.Second)
 	wait += time.Duration(rand.Int64N(int64(wait)/4 + 1))
 	if time.Since(first)+wait > w.o.Patience {
+		delete(w.firstTried, e.task.Ordinal) // who retries it begins anew
 		return e
 	}
 	e.wait = wait
