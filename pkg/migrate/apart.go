@@ -34,7 +34,7 @@ func (w *work) statements(ctx context.Context, f File) error {
 			return err
 		}
 		var st standing
-		if err := s.QueryRow(ctx, applied, w.t.Number).Scan(&st.rows, &st.head, &st.sum, &st.beside); err != nil {
+		if err := st.scan(s.QueryRow(ctx, applied, w.t.Number)); err != nil {
 			return err
 		}
 		if st.head != f.Version-1 {
@@ -63,10 +63,10 @@ func (w *work) statements(ctx context.Context, f File) error {
 		done = true
 		return w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
 			return s.Tx(ctx, func() error {
-				sc := &script{}
-				w.recordUp(sc, []File{f}, startedAt(w.t.Number, f.Version))
-				sc.then("delete from public.progress where tenant = %d and version = %d", w.t.Number, f.Version)
-				if err := s.Script(ctx, sc.text()); err != nil {
+				b := &pgx.Batch{}
+				w.recordUp(b, []File{f}, sinceProgress)
+				w.forgetProgress(b, f.Version)
+				if err := s.Send(ctx, b); err != nil {
 					return err
 				}
 				if err := w.o.Keeper.Reached(ctx, s); err != nil {
@@ -80,11 +80,6 @@ func (w *work) statements(ctx context.Context, f File) error {
 		w.applied(f)
 	}
 	return err
-}
-
-// startedAt is when the work on a migration began that is more than one transaction.
-func startedAt(number int32, version int) string {
-	return fmt.Sprintf("coalesce((select started_at from public.progress where tenant = %d and version = %d), pg_catalog.now())", number, version)
 }
 
 // bounds sets the session's timeouts. What only waits for old transactions holds up nobody meanwhile, and is patient.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
@@ -121,11 +122,11 @@ func (w *work) batch(ctx context.Context, tx *postgres.OwnerTx, st standing, f F
 		}
 		return p, false, failpoint.Hit("migrate.batch")
 	}
-	err = w.run(ctx, tx, st.xid, nil, func(sc *script) {
+	err = w.run(ctx, tx, st.xid, nil, func(b *pgx.Batch) {
 		if !f.Beside {
-			w.recordUp(sc, []File{f}, startedAt(w.t.Number, f.Version))
+			w.recordUp(b, []File{f}, sinceProgress)
 		}
-		sc.then("delete from public.progress where tenant = %d and version = %d", w.t.Number, f.Version)
+		w.forgetProgress(b, f.Version)
 	})
 	if err == nil {
 		err = w.o.Keeper.Reached(ctx, tx)

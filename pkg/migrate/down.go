@@ -101,13 +101,15 @@ func (w *work) back(ctx context.Context, tx *postgres.OwnerTx, st standing) ([]F
 		}
 		did, steps = append(did, f), append(steps, s)
 	}
-	err := w.run(ctx, tx, st.xid, steps, func(sc *script) {
-		sc.then("delete from public.progress where tenant = %d and version > %d", w.t.Number, w.target)
+	err := w.run(ctx, tx, st.xid, steps, func(b *pgx.Batch) {
+		b.Queue(`delete from public.progress where tenant = $1 and version > $2`, w.t.Number, w.target)
 		// What a run has kept no longer fits: should the tenant come to that version once more, it is by another way.
-		sc.then("update public.undo_points set expires_at = least(expires_at, pg_catalog.now()) where tenant = %d and to_version > %d and undone_at is null", w.t.Number, w.target)
-		sc.then("delete from public.ledger where set = 'tenant' and tenant = %d and version > %d", w.t.Number, w.target)
-		sc.then("update public.placements set version = %d, reader = %d, updated_at = pg_catalog.now() where number = %d", w.target, w.m.Reader(w.target), w.t.Number)
-		w.tell(sc, w.target)
+		b.Queue(`update public.undo_points set expires_at = least(expires_at, pg_catalog.now()) where tenant = $1 and to_version > $2 and undone_at is null`,
+			w.t.Number, w.target)
+		b.Queue(`delete from public.ledger where set = 'tenant' and tenant = $1 and version > $2`, w.t.Number, w.target)
+		b.Queue(`update public.placements set version = $2, reader = $3, updated_at = pg_catalog.now() where number = $1`,
+			w.t.Number, w.target, w.m.Reader(w.target))
+		w.tell(b, w.target)
 	})
 	if err != nil {
 		return nil, err

@@ -589,6 +589,35 @@ func TestFuncs(t *testing.T) {
 	s.env.Invariants(t)
 }
 
+// The records go with the commit: of a batch that has ended the transaction they are not written.
+func TestBatchThatEndsItsTransaction(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	m := s.migrator(t, func(o *migrate.Options) {
+		o.Funcs = []migrate.Func{{Version: 2, Name: "b", Key: "1", Batch: func(ctx context.Context, tx *postgres.OwnerTx, _ int) (int64, error) {
+			return 0, tx.Script(ctx, "commit; begin")
+		}}}
+	})
+	_, err := m.Tenant(t.Context(), s.a, migrate.TenantOptions{})
+	requireFault(t, err, fault.Invalid, "transaction_control")
+	require.Equal(t, "1 1", s.version(t))
+	s.env.Invariants(t)
+}
+
+// A file that takes prepared statements away takes oneo's own away too: they are prepared anew.
+func TestFileThatDeallocates(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	db, _, _ := s.env.Open(t, func(o *postgres.Options) { o.OwnerConns = 1 })
+	for version := 2; version <= 4; version++ {
+		s.put(fmt.Sprintf("%04d_d.up.sql", version), fmt.Sprintf("deallocate all; create table d%d (id int)", version))
+		_, err := with(t, db, s.fs).Tenant(t.Context(), s.a, migrate.TenantOptions{})
+		require.NoError(t, err)
+	}
+	require.Equal(t, "4 1,2,3,4", s.version(t))
+	s.env.Invariants(t)
+}
+
 // What a new tenant gets is what migrating gives, with a step of each kind.
 func TestCreationOfEveryKindEqualsMigrating(t *testing.T) {
 	t.Parallel()

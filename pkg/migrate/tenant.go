@@ -3,12 +3,9 @@ package migrate
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -188,11 +185,10 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 		err := w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
 			called = false
 			bounds := postgres.OwnerOptions{LockTimeout: w.o.LockTimeout, StatementTimeout: w.o.StatementTimeout}
-			return w.m.db.AsOwnerWithin(ctx, w.t.Group, bounds, func(tx *postgres.OwnerTx) error {
-				st, err := w.stand(ctx, tx, need, beside)
-				if err != nil {
-					return err
-				}
+			look := look{need: need, besides: beside}
+			queue := func(b *pgx.Batch) { look.queue(b, w.t.Number) }
+			err := w.m.db.AsOwnerAt(ctx, w.t.Group, w.t.Number, bounds, queue, func(tx *postgres.OwnerTx) error {
+				st := look.standing()
 				w.reached(st.head)
 				w.beside = st.beside
 				switch {
@@ -207,6 +203,10 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 				called = true
 				return fn(tx, st)
 			})
+			if postgres.SQLState(err) == stateEnded {
+				return SameTransaction("", "ended")
+			}
+			return err
 		})
 		if !errors.Is(err, errBusy) {
 			return called, err
@@ -221,36 +221,44 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 }
 
 const (
-	// The lock is tried first, by a statement of its own: what the next one reads is not older than the lock.
+	// The lock is tried first, by a statement of its own: what the next one reads is not older than the lock. "offset 0"
+	// keeps PostgreSQL from reading the ledger once for each time that its head is mentioned.
 	tryLock = `select l.head, l.beside, case when l.head between $2 and $3 or $4 and l.beside then pg_catalog.pg_try_advisory_xact_lock($5::int4, $1::int4) end
 from (select coalesce((select max(version) from public.ledger where set = 'tenant' and tenant = $1), 0) as head,
-	exists (select from public.progress where tenant = $1 and beside) as beside) l`
-	applied = `select count(*), coalesce(max(version), 0), pg_catalog.sha256(coalesce(string_agg(checksum, ''::bytea order by version), ''::bytea)),
-	exists (select from public.progress where tenant = $1 and beside)
-from public.ledger where set = 'tenant' and tenant = $1`
-	current = `select pg_catalog.pg_current_xact_id()::text`
+	exists (select from public.progress where tenant = $1 and beside) as beside offset 0) l`
+	applied = `select count(*), coalesce(max(l.version), 0), pg_catalog.sha256(coalesce(string_agg(l.checksum, ''::bytea), ''::bytea)),
+	exists (select from public.progress where tenant = $1 and beside), pg_catalog.pg_current_xact_id()::text
+from (select version, checksum from public.ledger where set = 'tenant' and tenant = $1 order by version) l`
 )
 
-// stand tries the lock, reads where the tenant is and binds to it, in one round trip.
-func (w *work) stand(ctx context.Context, tx *postgres.OwnerTx, need span, beside bool) (st standing, err error) {
-	b := &pgx.Batch{}
-	var before standing
-	b.Queue(tryLock, w.t.Number, need.from, need.to, beside, postgres.OperationLock).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&before.head, &before.beside, &before.got)
+// look tries the lock and reads where the tenant is.
+type look struct {
+	need          span
+	besides       bool
+	before, after standing
+}
+
+// queue adds the statements. They may be sent again.
+func (l *look) queue(b *pgx.Batch, number int32) {
+	b.Queue(tryLock, number, l.need.from, l.need.to, l.besides, postgres.OperationLock).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&l.before.head, &l.before.beside, &l.before.got)
 	})
-	b.Queue(applied, w.t.Number).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&st.rows, &st.head, &st.sum, &st.beside)
-	})
-	b.Queue(current).QueryRow(func(row pgx.Row) error { return row.Scan(&st.xid) })
-	if err := tx.BindPlacedWith(ctx, w.t.Number, b); err != nil {
-		return st, err
-	}
+	b.Queue(applied, number).QueryRow(l.after.scan)
+}
+
+// scan reads the answer to applied.
+func (st *standing) scan(row pgx.Row) error {
+	return row.Scan(&st.rows, &st.head, &st.sum, &st.beside, &st.xid)
+}
+
+func (l *look) standing() standing {
+	st := l.after
 	// While the lock was tried somebody else may have finished: then there is nothing to do after all.
-	if before.got != nil && *before.got && (st.head < need.from || st.head > need.to) && !(beside && st.beside) {
-		return st, nil
+	if l.before.got != nil && *l.before.got && (st.head < l.need.from || st.head > l.need.to) && !(l.besides && st.beside) {
+		return st
 	}
-	st.got = before.got
-	return st, nil
+	st.got = l.before.got
+	return st
 }
 
 // sameApplied refuses to go on from files that differ from what was applied to this tenant.
@@ -377,7 +385,7 @@ func (w *work) chunk(ctx context.Context, tx *postgres.OwnerTx, st standing) (di
 		}
 	}
 	err = w.o.Keeper.Around(ctx, tx, func() error {
-		return w.run(ctx, tx, st.xid, steps, func(sc *script) { w.recordUp(sc, files[:n], sinceBegin) })
+		return w.run(ctx, tx, st.xid, steps, func(b *pgx.Batch) { w.recordUp(b, files[:n], sinceBegin) })
 	})
 	if err != nil {
 		return nil, nil, err
@@ -407,10 +415,10 @@ type step struct {
 	fn    func(context.Context, *postgres.OwnerTx) error
 }
 
-// run carries out steps in the transaction: SQL that stands together as one script, and functions in between.
-// records adds the records, which are written in the same message as the last SQL, and only if the transaction is still the one
-// that it was.
-func (w *work) run(ctx context.Context, tx *postgres.OwnerTx, xid string, steps []step, records func(*script)) error {
+// run carries out steps in the transaction: SQL that stands together as one script, and functions in between. records
+// adds the records, which are written only if the transaction is still the one that it was. They go with the commit,
+// unless it is to be rolled back or somebody wants to see them before.
+func (w *work) run(ctx context.Context, tx *postgres.OwnerTx, xid string, steps []step, records func(*pgx.Batch)) error {
 	sc := &script{}
 	for _, s := range steps {
 		if s.fn == nil {
@@ -438,39 +446,51 @@ func (w *work) run(ctx context.Context, tx *postgres.OwnerTx, xid string, steps 
 	}
 	// A constraint that waits for the commit is looked at while it can still be told from a lost connection.
 	sc.then("set constraints all immediate")
-	sc.then("select ext.refuse('%s', 'ended') where pg_catalog.pg_current_xact_id()::pg_catalog.text <> '%s'", stateEnded, xid)
-	records(sc)
 	if done, err := tx.Run(ctx, sc.text()); err != nil {
 		return sc.failed(err, done)
 	}
+	all := func(b *pgx.Batch) {
+		b.Queue(`select ext.refuse($1::text, 'ended') where pg_catalog.pg_current_xact_id()::pg_catalog.text <> $2::text`, stateEnded, xid)
+		records(b)
+	}
+	if _, nobody := w.o.Keeper.(keepNothing); w.o.Rehearse || !nobody {
+		b := &pgx.Batch{}
+		all(b)
+		return tx.Send(ctx, b)
+	}
+	tx.Last(all)
 	return nil
 }
 
-// sinceBegin is when the work of a transaction began.
-const sinceBegin = "pg_catalog.now()"
+const (
+	record = `insert into public.ledger (set, tenant, version, name, checksum, duration_ms)
+values ('tenant', $1, $2, $3, $4, least(extract(epoch from pg_catalog.clock_timestamp() - %s) * 1000, 2147483647)::pg_catalog.int4)`
+	// sinceBegin is when the work of a transaction began, and sinceProgress when that on a migration did which is more
+	// than one transaction.
+	sinceBegin    = "pg_catalog.now()"
+	sinceProgress = "coalesce((select p.started_at from public.progress p where p.tenant = $1 and p.version = $2), pg_catalog.now())"
+)
 
-// recordUp adds the ledger rows of steps, what is to follow of those beside others, and the tenant's new place. All
-// values are numbers, checksums, and names that have none but a-z, 0-9 and _.
-func (w *work) recordUp(sc *script, files []File, since string) {
-	number, m := w.t.Number, w.m
-	var rows strings.Builder
-	for i, f := range files {
-		if i > 0 {
-			rows.WriteString(", ")
-		}
-		fmt.Fprintf(&rows, "('tenant', %d, %d, '%s', pg_catalog.decode('%s', 'hex'), least(extract(epoch from pg_catalog.clock_timestamp() - %s) * 1000, %d)::pg_catalog.int4)",
-			number, f.Version, f.Name, hex.EncodeToString(f.Checksum[:]), since, math.MaxInt32)
+// recordUp adds the ledger rows of steps, what is to follow of those beside others, and the tenant's new place.
+func (w *work) recordUp(b *pgx.Batch, files []File, since string) {
+	number := w.t.Number
+	for _, f := range files {
+		b.Queue(fmt.Sprintf(record, since), number, f.Version, f.Name, f.Checksum[:])
 	}
-	sc.then("insert into public.ledger (set, tenant, version, name, checksum, duration_ms) values %s", rows.String())
 	for _, f := range files {
 		if f.Kind == Data && f.Beside {
-			sc.then("insert into public.progress (tenant, version, checksum, beside) values (%d, %d, pg_catalog.decode('%s', 'hex'), true)",
-				number, f.Version, hex.EncodeToString(f.Checksum[:]))
+			b.Queue(`insert into public.progress (tenant, version, checksum, beside) values ($1, $2, $3, true)`, number, f.Version, f.Checksum[:])
 		}
 	}
 	version := files[len(files)-1].Version
-	sc.then("update public.placements set version = %d, reader = greatest(reader, %d), updated_at = pg_catalog.now() where number = %d", version, m.Reader(version), number)
-	w.tell(sc, version)
+	b.Queue(`update public.placements set version = $2, reader = greatest(reader, $3), updated_at = pg_catalog.now() where number = $1`,
+		number, version, w.m.Reader(version))
+	w.tell(b, version)
+}
+
+// forgetProgress adds that the work on a migration that was more than one transaction is over.
+func (w *work) forgetProgress(b *pgx.Batch, version int) {
+	b.Queue(`delete from public.progress where tenant = $1 and version = $2`, w.t.Number, version)
 }
 
 // Tell says to the servers that versions of tenants of a group have changed: they look which ones they serve.
@@ -482,9 +502,9 @@ func (m *Migrator) Tell(ctx context.Context, group string) error {
 }
 
 // tell adds the notice that a tenant's version has changed: servers refuse what they do not know.
-func (w *work) tell(sc *script, version int) {
+func (w *work) tell(b *pgx.Batch, version int) {
 	if !w.o.Untold {
-		sc.then("select pg_catalog.pg_notify('oneo_versions', '%d %d')", w.t.Number, version)
+		b.Queue(`select pg_catalog.pg_notify('oneo_versions', $1)`, fmt.Sprintf("%d %d", w.t.Number, version))
 	}
 }
 

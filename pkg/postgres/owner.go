@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -19,6 +20,7 @@ type OwnerTx struct {
 	group *group
 	conn  *pgxpool.Conn
 	bound bool
+	tx    *Tx // ends it
 }
 
 var _ Querier = (*OwnerTx)(nil)
@@ -32,17 +34,59 @@ type OwnerOptions struct {
 // AsOwner runs fn in one transaction of the owner in a group's database, and commits only if fn returned nil.
 func (db *DB) AsOwner(ctx context.Context, groupName string, fn func(*OwnerTx) error) error {
 	begin := `begin; set local search_path to ''; set local lock_timeout to ` + ms(db.opts.LockTimeout)
-	return db.asOwner(ctx, groupName, begin, fn)
+	return db.asOwner(ctx, groupName, simply(begin), fn)
 }
 
 // AsOwnerWithin is AsOwner with bounds of its own. A process that stands still in the midst of it loses the transaction.
 func (db *DB) AsOwnerWithin(ctx context.Context, groupName string, o OwnerOptions, fn func(*OwnerTx) error) error {
+	return db.asOwner(ctx, groupName, simply(`begin; `+db.within(o)), fn)
+}
+
+// within sets the bounds of a transaction.
+func (db *DB) within(o OwnerOptions) string {
 	if o.LockTimeout == 0 {
 		o.LockTimeout = db.opts.LockTimeout
 	}
-	begin := fmt.Sprintf("begin; set local search_path to ''; set local lock_timeout to %s; set local statement_timeout to %s; set local idle_in_transaction_session_timeout to %s",
+	return fmt.Sprintf(`select pg_catalog.set_config('search_path', '', true), pg_catalog.set_config('lock_timeout', '%s', true),
+	pg_catalog.set_config('statement_timeout', '%s', true), pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true)`,
 		ms(o.LockTimeout), bound(o.StatementTimeout), ms(db.opts.IdleInTransactionTimeout))
-	return db.asOwner(ctx, groupName, begin, fn)
+}
+
+// simply begins a transaction with a script.
+func simply(begin string) func(context.Context, *pgx.Conn) error {
+	return func(ctx context.Context, c *pgx.Conn) error { return c.PgConn().Exec(ctx, begin).Close() }
+}
+
+// AsOwnerAt is AsOwnerWithin and BindPlaced, where what first queues is sent between the two, and all of it in one
+// message exchange if statements are prepared. first must change nothing: it is called and sent again while the server
+// is lost. Each of its statements sees what was committed when its turn came.
+func (db *DB) AsOwnerAt(ctx context.Context, groupName string, number int32, o OwnerOptions, first func(*pgx.Batch), fn func(*OwnerTx) error) error {
+	there := false
+	begin := func(ctx context.Context, c *pgx.Conn) error {
+		there = false
+		b := &pgx.Batch{}
+		if db.opts.Statements == Unprepared {
+			if err := simply(`begin; `+db.within(o))(ctx, c); err != nil {
+				return err
+			}
+		} else {
+			b.Queue(sqlBegin)
+			b.Queue(db.within(o))
+		}
+		first(b)
+		b.Queue(bindPlaced, number).Exec(func(tag pgconn.CommandTag) error {
+			there = tag.RowsAffected() == 1
+			return nil
+		})
+		return c.SendBatch(ctx, b).Close()
+	}
+	return db.asOwner(ctx, groupName, begin, func(tx *OwnerTx) error {
+		tx.countBind()
+		if !there {
+			return schemaMissing()
+		}
+		return fn(tx)
+	})
 }
 
 // bound is a timeout as PostgreSQL reads it; 0: none.
@@ -53,7 +97,7 @@ func bound(d time.Duration) string {
 	return ms(d)
 }
 
-func (db *DB) asOwner(ctx context.Context, groupName, begin string, fn func(*OwnerTx) error) error {
+func (db *DB) asOwner(ctx context.Context, groupName string, begin func(context.Context, *pgx.Conn) error, fn func(*OwnerTx) error) error {
 	g, err := db.group(groupName)
 	if err != nil {
 		return err
@@ -68,7 +112,7 @@ func (db *DB) asOwner(ctx context.Context, groupName, begin string, fn func(*Own
 		if err != nil {
 			return err
 		}
-		if err := c.Conn().PgConn().Exec(ctx, begin).Close(); err != nil {
+		if err := begin(ctx, c.Conn()); err != nil {
 			if c.Conn().PgConn().TxStatus() != 'I' {
 				closeConn(c)
 			}
@@ -83,7 +127,7 @@ func (db *DB) asOwner(ctx context.Context, groupName, begin string, fn func(*Own
 	}
 	// The bound transactions' end serves here as well: commit, rollback and what becomes of the connection.
 	tx := &Tx{group: g, conn: conn, access: Write, begun: true}
-	return tx.end(ctx, func() error { return fn(&OwnerTx{group: g, conn: conn}) })
+	return tx.end(ctx, func() error { return fn(&OwnerTx{group: g, conn: conn, tx: tx}) })
 }
 
 const (
@@ -158,8 +202,18 @@ func (tx *OwnerTx) Script(ctx context.Context, sql string) error {
 	return tx.conn.Conn().PgConn().Exec(ctx, sql).Close()
 }
 
-// Run is Script, and tells how many of the statements were carried out.
+// deallocates finds what takes prepared statements away.
+var deallocates = regexp.MustCompile(`(?i)\bdeallocate\b`)
+
+// Run is Script, and tells how many of the statements were carried out. They may take away prepared statements.
 func (tx *OwnerTx) Run(ctx context.Context, sql string) (done int, err error) {
+	if deallocates.MatchString(sql) {
+		defer func() {
+			if err == nil { // else the connection's transaction has failed
+				err = tx.conn.Conn().DeallocateAll(ctx)
+			}
+		}()
+	}
 	results := tx.conn.Conn().PgConn().Exec(ctx, sql)
 	for results.NextResult() {
 		if _, err := results.ResultReader().Close(); err == nil {
@@ -167,6 +221,19 @@ func (tx *OwnerTx) Run(ctx context.Context, sql string) (done int, err error) {
 		}
 	}
 	return done, results.Close()
+}
+
+// Send runs statements in one message exchange. Their names must be qualified.
+func (tx *OwnerTx) Send(ctx context.Context, b *pgx.Batch) error {
+	return tx.conn.Conn().SendBatch(ctx, b).Close()
+}
+
+// Last leaves what to queues to be sent together with the commit: if one of these statements fails nothing is committed.
+// Their search path is empty: they are on tables that are not the tenant's.
+func (tx *OwnerTx) Last(to func(*pgx.Batch)) {
+	tx.tx.last = &pgx.Batch{}
+	tx.tx.last.Queue(`set local search_path to ''`)
+	to(tx.tx.last)
 }
 
 // Bind sets the search path to the schema, ext and pg_temp until the transaction ends.
@@ -178,26 +245,17 @@ func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
 	return tx.Script(ctx, "set local search_path to "+Quote(s.String())+", ext, pg_temp")
 }
 
+const bindPlaced = `select pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true)
+from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
+
 // BindPlaced is Bind for the schema in which the tenant's placement says that it stands. NotFound: nowhere here.
 func (tx *OwnerTx) BindPlaced(ctx context.Context, number int32) error {
-	return tx.BindPlacedWith(ctx, number, &pgx.Batch{})
-}
-
-// BindPlacedWith sends statements and then BindPlaced, in one round trip. What the statements are to be asked is queued
-// with them (pgx.QueuedQuery); each sees what was committed when its turn came.
-func (tx *OwnerTx) BindPlacedWith(ctx context.Context, number int32, b *pgx.Batch) error {
-	const bindPlaced = `select pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true)
-from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
-	there := false
-	b.Queue(bindPlaced, number).Exec(func(tag pgconn.CommandTag) error {
-		there = tag.RowsAffected() == 1
-		return nil
-	})
 	tx.countBind()
-	if err := tx.conn.Conn().SendBatch(ctx, b).Close(); err != nil {
+	tag, err := tx.conn.Conn().Exec(ctx, bindPlaced, number)
+	if err != nil {
 		return err
 	}
-	if !there {
+	if tag.RowsAffected() != 1 {
 		return schemaMissing()
 	}
 	return nil

@@ -95,6 +95,11 @@ func (s *Session) Script(ctx context.Context, sql string) error {
 	return s.conn.PgConn().Exec(ctx, sql).Close()
 }
 
+// Send runs statements in one message exchange.
+func (s *Session) Send(ctx context.Context, b *pgx.Batch) error {
+	return s.conn.SendBatch(ctx, b).Close()
+}
+
 // Tx runs fn in a transaction on the session, and commits only if fn returned nil.
 func (s *Session) Tx(ctx context.Context, fn func() error) error {
 	if err := s.Script(ctx, "begin"); err != nil {

@@ -41,6 +41,7 @@ const (
 
 const (
 	nameBegin, sqlBegin = "oneo_begin", `begin`
+	sqlCommit           = `commit`
 	nameGate, nameBind  = "oneo_gate", "oneo_bind"
 	nameProbe           = "oneo_probe"
 
@@ -83,6 +84,7 @@ type Tx struct {
 	was   int32            // the tenant's version then
 	named bool             // the last statement went by a name that was prepared before
 	begun bool             // an explicit transaction is open
+	last  *pgx.Batch       // to be sent with the commit; nil: nothing
 	batch pgx.BatchResults // of a Single sent in one round trip
 	free  func()           // ends the bound of a Single's statement
 	used  bool             // the one statement of a Single has been sent
@@ -390,7 +392,7 @@ func (tx *Tx) commit(ctx context.Context) error {
 		closeConn(tx.conn)
 		return fault.New(fault.Internal, "a transaction was to be committed while its rows were still being read").WithCode("rows_open")
 	}
-	results, err := tx.conn.Conn().PgConn().Exec(cctx, "commit").ReadAll()
+	tag, err := tx.sendCommit(cctx)
 	if err != nil {
 		if connectionLost(err) || errors.Is(err, context.DeadlineExceeded) {
 			closeConn(tx.conn)
@@ -398,14 +400,42 @@ func (tx *Tx) commit(ctx context.Context) error {
 				WithCode("outcome_unknown").WithRetry(time.Second)
 		}
 		if tx.conn.Conn().PgConn().TxStatus() != 'I' {
+			if tx.last != nil { // one of these failed
+				tx.rollback(ctx)
+				return err
+			}
 			closeConn(tx.conn)
 		}
 		return fmt.Errorf("commit: %w", err)
 	}
-	if len(results) != 1 || results[0].CommandTag.String() != "COMMIT" {
+	if tag != "COMMIT" {
 		return fault.New(fault.Internal, "a transaction in which a statement had failed was to be committed").WithCode("rolled_back")
 	}
 	return nil
+}
+
+// sendCommit sends what was left for the end, and commits: in one message exchange if statements are prepared. A
+// statement that fails keeps the server from the commit behind it.
+func (tx *Tx) sendCommit(ctx context.Context) (tag string, err error) {
+	c := tx.conn.Conn()
+	b := tx.last
+	if b != nil && tx.group.opts.Statements == Prepared {
+		b.Queue(sqlCommit).Exec(func(t pgconn.CommandTag) error {
+			tag = t.String()
+			return nil
+		})
+		return tag, c.SendBatch(ctx, b).Close()
+	}
+	if b != nil {
+		if err := c.SendBatch(ctx, b).Close(); err != nil {
+			return "", err
+		}
+	}
+	results, err := c.PgConn().Exec(ctx, sqlCommit).ReadAll()
+	if len(results) == 1 {
+		tag = results[0].CommandTag.String()
+	}
+	return tag, err
 }
 
 // rollback ends the transaction without a trace; a connection on which that fails is closed.
