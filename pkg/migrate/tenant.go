@@ -185,10 +185,10 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 		err := w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
 			called = false
 			bounds := postgres.OwnerOptions{LockTimeout: w.o.LockTimeout, StatementTimeout: w.o.StatementTimeout}
-			look := look{need: need, besides: beside}
-			queue := func(b *pgx.Batch) { look.queue(b, w.t.Number) }
+			l := look{need: need, besides: beside}
+			queue := func(b *pgx.Batch) { l.queue(b, w.t.Number) }
 			err := w.m.db.AsOwnerAt(ctx, w.t.Group, w.t.Number, bounds, queue, func(tx *postgres.OwnerTx) error {
-				st := look.standing()
+				st := l.standing()
 				w.reached(st.head)
 				w.beside = st.beside
 				switch {

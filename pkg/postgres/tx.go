@@ -414,22 +414,17 @@ func (tx *Tx) commit(ctx context.Context) error {
 	return nil
 }
 
-// sendCommit sends what was left for the end, and commits: in one message exchange if statements are prepared. A
-// statement that fails keeps the server from the commit behind it.
+// sendCommit sends what was left for the end, and commits, in one message exchange. A statement that fails keeps the
+// server from the commit behind it.
 func (tx *Tx) sendCommit(ctx context.Context) (tag string, err error) {
 	c := tx.conn.Conn()
-	b := tx.last
-	if b != nil && tx.group.opts.Statements == Prepared {
+	if b := tx.last; b != nil {
 		b.Queue(sqlCommit).Exec(func(t pgconn.CommandTag) error {
 			tag = t.String()
 			return nil
 		})
-		return tag, c.SendBatch(ctx, b).Close()
-	}
-	if b != nil {
-		if err := c.SendBatch(ctx, b).Close(); err != nil {
-			return "", err
-		}
+		err := c.SendBatch(ctx, b).Close()
+		return tag, err
 	}
 	results, err := c.PgConn().Exec(ctx, sqlCommit).ReadAll()
 	if len(results) == 1 {
