@@ -572,7 +572,9 @@ func TestNothingIsBegunWhileHeld(t *testing.T) {
 	})
 	require.NoError(t, err)
 	require.Equal(t, registry.Done, run.State)
-	require.LessOrEqual(t, during.Load(), int32(2), "what was given out already goes on, nothing else")
+	// Four are given out ahead to each worker, and one more may be about to be: how many of them were begun before is
+	// the scheduler's choice.
+	require.LessOrEqual(t, during.Load(), int32(5), "what was given out already goes on, nothing else")
 	require.Equal(t, int32(1), told.Load())
 }
 
