@@ -30,7 +30,7 @@ var house = map[string]room{
 	"schemas": {layer: 0}, "pkg/fault": {layer: 0}, "pkg/failpoint": {layer: 0},
 	"pkg/tenant": {layer: 1},
 	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/devstack": {layer: 2},
-	"pkg/lint":     {layer: 2},
+	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2},
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5},
@@ -57,10 +57,12 @@ var owners = map[string][]string{
 	"github.com/pganalyze/":                   {"pkg/lint"},
 	"golang.org/x/crypto/argon2":              {"pkg/auth"},
 	"golang.org/x/net/idna":                   {"pkg/tenant"},
+	"filippo.io/":                             {"pkg/archive"},
+	"github.com/klauspost/":                   {"pkg/archive"},
 }
 
 // from is the lowest layer from which a module may be imported.
-var from = map[string]int{"github.com/": 2, "golang.org/": 1, "gopkg.in/": 2, "charm.land/": 7}
+var from = map[string]int{"github.com/": 2, "golang.org/": 1, "gopkg.in/": 2, "filippo.io/": 2, "charm.land/": 7}
 
 // imports are a room's imports by file, tests left out, and its package comments.
 type imports struct {

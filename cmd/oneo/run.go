@@ -34,6 +34,7 @@ const (
 	exitUnreachable = 5
 	exitNotFound    = 10
 	exitLocked      = 11
+	exitWrongKey    = 12
 	exitPending     = 13
 	exitUnverified  = 14
 	exitInterrupted = 130
@@ -49,8 +50,9 @@ const exitCodes = `Exit codes
     5  PostgreSQL or Redis cannot be reached
    10  tenant, user, key or operation not found
    11  locked by another operation
+   12  wrong or missing decryption key
    13  something is pending or has drifted (--check)
-   14  verification failed (migrate lint found errors)
+   14  verification failed (a damaged archive; migrate lint found errors)
   130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
 `
 
@@ -172,8 +174,12 @@ func exitCode(ctx context.Context, err error) int {
 		return exitNotFound
 	case fault.Locked, fault.Busy:
 		return exitLocked
+	case fault.WrongKey:
+		return exitWrongKey
 	case fault.Pending:
 		return exitPending
+	case fault.Unverified:
+		return exitUnverified
 	}
 	return exitFailed
 }

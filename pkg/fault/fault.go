@@ -48,6 +48,10 @@ const (
 	Unavailable Kind = "unavailable"
 	// Pending is work that is outstanding: migrations not applied, a fleet that is not healthy.
 	Pending Kind = "pending"
+	// Unverified is something that was checked and is not what it should be: a damaged archive, a migration that lint refuses.
+	Unverified Kind = "unverified"
+	// WrongKey is an encrypted archive without the key that opens it.
+	WrongKey Kind = "wrong_key"
 	// NeedsConfirmation is a destructive act without the confirmation it wants.
 	NeedsConfirmation Kind = "needs_confirmation"
 )

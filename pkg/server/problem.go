@@ -33,6 +33,8 @@ var statuses = map[fault.Kind]int{
 	fault.Locked:               http.StatusConflict,
 	fault.Unavailable:          http.StatusServiceUnavailable,
 	fault.Pending:              http.StatusServiceUnavailable,
+	fault.Unverified:           http.StatusUnprocessableEntity,
+	fault.WrongKey:             http.StatusUnprocessableEntity,
 	fault.NeedsConfirmation:    http.StatusUnprocessableEntity,
 }
 
