@@ -273,7 +273,7 @@ func (e *env) open() (*app.App, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := app.Open(c, e.logger(c))
+	a, err := app.Open(c, versionOf(), e.logger(c))
 	if err != nil {
 		return nil, err
 	}

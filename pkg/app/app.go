@@ -27,12 +27,14 @@ import (
 	"github.com/oneo-crm/oneo/pkg/snapshot"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/pkg/transfer"
 	"github.com/oneo-crm/oneo/schemas"
 )
 
 // App is one process's oneo. It is safe for concurrent use and must be closed.
 type App struct {
 	Config    config.Config
+	Version   string
 	Log       *slog.Logger
 	DB        *postgres.DB
 	Cache     *cache.Cache
@@ -41,6 +43,7 @@ type App struct {
 	Provision *provision.Provisioner
 	Rollout   *rollout.Runner
 	Snapshots *snapshot.Snapshots
+	Transfers *transfer.Transfers
 	Resolver  *registry.Resolver
 	Hasher    *auth.Hasher
 	Base      tenant.Host // a tenant's default domain is <slug>.<base>
@@ -49,9 +52,9 @@ type App struct {
 	closers  []func() error
 }
 
-// Open makes the parts. It connects nothing: each connects at its first use.
-func Open(c config.Config, log *slog.Logger) (*App, error) {
-	a := &App{Config: c, Log: log, Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
+// Open makes the parts; version is the program's. It connects nothing: each connects at its first use.
+func Open(c config.Config, version string, log *slog.Logger) (*App, error) {
+	a := &App{Config: c, Version: version, Log: log, Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -119,6 +122,13 @@ func (a *App) open() (err error) {
 	}
 	a.Snapshots, err = snapshot.New(snapshot.Options{DB: a.DB, Migrate: a.Migrate, Keep: c.Migrate.UndoKeep, Logger: a.Log})
 	if err != nil {
+		return err
+	}
+	to := transfer.Options{DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Provision: a.Provision, BaseDomain: a.Base, Version: a.Version, Logger: a.Log}
+	if c.Schemas.Dir == "" { // in a folder of the operator's own a table of that name may be anything
+		to.Volatile = []string{auth.SessionsTable}
+	}
+	if a.Transfers, err = transfer.New(to); err != nil {
 		return err
 	}
 	a.Rollout, err = rollout.New(rollout.Options{DB: a.DB, StaleAfter: c.Migrate.StaleAfter, Logger: a.Log})

@@ -111,7 +111,7 @@ func open(t *testing.T, env *pgtest.Env, redis string, change ...func(*config.Co
 		f(&c)
 	}
 	require.NoError(t, c.Validate())
-	a, err := app.Open(c, slog.New(slog.DiscardHandler))
+	a, err := app.Open(c, "test", slog.New(slog.DiscardHandler))
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, a.Close()) })
 	return a

@@ -358,6 +358,6 @@ func TestLeastVersionIsValidated(t *testing.T) {
 	require.True(t, fault.Is(c.Validate(), fault.Invalid), "it needs a folder")
 	c.Schemas.Dir = folder(t, nil)
 	require.NoError(t, c.Validate())
-	_, err := app.Open(c, nil)
+	_, err := app.Open(c, "test", nil)
 	require.Truef(t, fault.Is(err, fault.Invalid), "above the newest migration: %v", err)
 }

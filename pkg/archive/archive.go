@@ -20,8 +20,9 @@ const (
 	MaxRecord = 16 << 20
 	// maxTables bounds the tables of an archive, and its sequences.
 	maxTables = 100_000
-	// maxData is the most that one record of rows holds, in bytes.
-	maxData = 256 << 10
+	// maxData is the most that one record of rows holds, in bytes; dataSize is what is written.
+	maxData  = 256 << 10
+	dataSize = 64 << 10
 )
 
 // Header says whose archive it is and of which state. It is the first record.
@@ -42,8 +43,10 @@ type Header struct {
 	Postgres int `json:"postgres"`
 	// Migrations are the applied ones in their order; the last one's version is the archive's.
 	Migrations []Migration `json:"migrations"`
-	// Fingerprint is the structure's; it does not depend on the schema's name.
+	// Fingerprint is the structure's, and Base that of what the migrations make: where they differ, Structure has what lies between. Neither
+	// depends on the schema's name; both hold for one major version of PostgreSQL.
 	Fingerprint string `json:"fingerprint"`
+	Base        string `json:"base"`
 }
 
 // Version is the schema version: that of the last applied migration, 0 without any.
@@ -77,7 +80,7 @@ type Domain struct {
 
 // Structure is what the tenant has beyond its migrations. A tenant that has nothing of its own has an empty one.
 type Structure struct {
-	// Custom are the statements that make it, in order; names inside the tenant are not qualified.
+	// Custom are the statements that make it out of what the migrations make, in order. They are run before the rows come.
 	Custom []Statement `json:"custom"`
 }
 
@@ -86,8 +89,6 @@ type Statement struct {
 	// Object says what it makes, for a person: "table notes".
 	Object string `json:"object"`
 	SQL    string `json:"sql"`
-	// After says that it can only run when the rows are loaded: an index, a constraint, a trigger.
-	After bool `json:"after,omitempty"`
 }
 
 // Table begins the rows of a table.

@@ -24,6 +24,7 @@ type Writer struct {
 
 	table *Sum // open
 	rows  hash.Hash
+	buf   []byte // rows of it that make no whole record yet
 	sums  []Sum
 	last  kind
 }
@@ -34,7 +35,7 @@ func NewWriter(w io.Writer, h Header, to ...Recipient) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &Writer{seal: newSealer(w), sum: sha256.New()}
+	x := &Writer{seal: newSealer(w), sum: sha256.New(), buf: make([]byte, 0, dataSize)}
 	line, err := json.Marshal(preamble{Format: Format, Keys: keys})
 	if err != nil {
 		return nil, err
@@ -94,6 +95,7 @@ func (x *Writer) EndTable(rows int64) error {
 	if x.err != nil {
 		return x.err
 	}
+	x.flush()
 	x.table.Rows, x.table.SHA256 = rows, x.rows.Sum(nil)
 	x.record(kindEnd, *x.table)
 	x.sums = append(x.sums, *x.table)
@@ -130,14 +132,24 @@ func (d data) Write(p []byte) (n int, err error) {
 	if d.x.table == nil && d.x.err == nil {
 		d.x.err = fmt.Errorf("archive: rows without a table")
 	}
-	for len(p) > 0 && d.x.err == nil {
-		k := min(len(p), maxData)
-		d.x.rows.Write(p[:k])
-		d.x.raw(kindData, p[:k])
-		d.x.table.Bytes += int64(k)
-		p, n = p[k:], n+k
+	for len(p) > 0 && d.x.err == nil { // COPY comes row by row
+		k := min(len(p), dataSize-len(d.x.buf))
+		d.x.buf = append(d.x.buf, p[:k]...)
+		if p, n = p[k:], n+k; len(d.x.buf) == dataSize {
+			d.x.flush()
+		}
 	}
 	return n, d.x.err
+}
+
+// flush writes the rows that were held back.
+func (x *Writer) flush() {
+	if len(x.buf) > 0 {
+		x.rows.Write(x.buf)
+		x.raw(kindData, x.buf)
+		x.table.Bytes += int64(len(x.buf))
+		x.buf = x.buf[:0]
+	}
 }
 
 func (x *Writer) record(k kind, v any) {

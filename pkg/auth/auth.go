@@ -27,6 +27,9 @@ type Realm struct {
 	sql     statements
 }
 
+// SessionsTable is the tenant's table of who is logged in: it is never copied anywhere.
+const SessionsTable = "sessions"
+
 // Tenants returns the realm of a tenant's users: unqualified tables, so that only bound work can use it.
 func Tenants() *Realm { return tenants }
 
@@ -47,7 +50,7 @@ var (
 			ScopeWrite: {ReadRecords, WriteRecords},
 			ScopeRead:  {ReadRecords},
 		},
-		sql: render("users", "sessions", "api_keys"),
+		sql: render("users", SessionsTable, "api_keys"),
 	}
 	// There is nothing in the public schema that an administrator may read without being one.
 	administrators = &Realm{

@@ -44,6 +44,16 @@ func (m *Migrator) CreationScriptTo(version int) string {
 // are constants and quoted identifiers. The caller writes the placement, with the version and Reader, and the ledger rows with
 // Record. The faults are those of Tenant; what before and after fail by is not changed.
 func (m *Migrator) Create(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, version int, before, after string) error {
+	return m.create(ctx, tx, schema, m.sets[TenantSet][:version], before, after)
+}
+
+// Advance brings a schema that nobody uses yet, but that may have rows, from one version to another, as Create would
+// have: in the caller's transaction, data migrations as one batch. The caller writes the placement and the ledger rows.
+func (m *Migrator) Advance(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, from, to int) error {
+	return m.create(ctx, tx, schema, m.sets[TenantSet][from:to], "set local search_path to "+postgres.Quote(schema.String())+", ext, pg_temp;\n", "")
+}
+
+func (m *Migrator) create(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, files []File, before, after string) error {
 	sc := &script{lead: len(statementsOf(before))}
 	sc.b.WriteString(before)
 	retire(tx, m.sets[TenantSet][:version])
@@ -54,7 +64,7 @@ func (m *Migrator) Create(ctx context.Context, tx *postgres.OwnerTx, schema tena
 		}
 		return nil
 	}
-	for _, f := range m.sets[TenantSet][:version] {
+	for _, f := range files {
 		if f.code == nil {
 			text := creation(f)
 			sc.add(f, text, statementsOf(text))

@@ -2,8 +2,10 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
+	"io"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -234,6 +236,30 @@ func (tx *OwnerTx) Last(to func(*pgx.Batch)) {
 	tx.tx.last = &pgx.Batch{}
 	tx.tx.last.Queue(`set local search_path to ''`)
 	to(tx.tx.last)
+}
+
+// CopyFrom runs a copy ... from stdin whose rows are read from r. An error of r is what comes back, and nothing was copied.
+func (tx *OwnerTx) CopyFrom(ctx context.Context, r io.Reader, sql string) (rows int64, err error) {
+	in := &watched{r: r}
+	tag, err := tx.conn.Conn().PgConn().CopyFrom(ctx, in, sql)
+	if in.err != nil {
+		return 0, in.err
+	}
+	return tag.RowsAffected(), err
+}
+
+// watched remembers the error that ended a stream: PostgreSQL only says that the client gave up.
+type watched struct {
+	r   io.Reader
+	err error
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		w.err = err
+	}
+	return n, err
 }
 
 // Bind sets the search path to the schema, ext and pg_temp until the transaction ends.

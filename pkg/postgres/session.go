@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -101,8 +102,16 @@ func (s *Session) Send(ctx context.Context, b *pgx.Batch) error {
 }
 
 // Tx runs fn in a transaction on the session, and commits only if fn returned nil.
-func (s *Session) Tx(ctx context.Context, fn func() error) error {
-	if err := s.Script(ctx, "begin"); err != nil {
+func (s *Session) Tx(ctx context.Context, fn func() error) error { return s.tx(ctx, "begin", fn) }
+
+// Snapshot runs fn in a transaction that changes nothing and in which every statement sees the rows as they were at its
+// first one. A lock that must come before what is read is taken before.
+func (s *Session) Snapshot(ctx context.Context, fn func() error) error {
+	return s.tx(ctx, "begin isolation level repeatable read, read only", fn)
+}
+
+func (s *Session) tx(ctx context.Context, begin string, fn func() error) error {
+	if err := s.Script(ctx, begin); err != nil {
 		return err
 	}
 	err := fn()
@@ -147,8 +156,20 @@ from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema 
 	return namespace, nil
 }
 
-// LockOperation polls for the tenant's operation lock for as long as wait, and keeps it until the session ends. The
-// fault is Locked.
+// CopyTo runs a copy ... to stdout and writes its rows to w. When w fails the session is over.
+func (s *Session) CopyTo(ctx context.Context, w io.Writer, sql string) (rows int64, err error) {
+	tag, err := s.conn.PgConn().CopyTo(ctx, w, sql)
+	return tag.RowsAffected(), err
+}
+
+// UnlockOperation gives back what LockOperation took.
+func (s *Session) UnlockOperation(ctx context.Context, number int32) error {
+	_, err := s.Exec(ctx, `select pg_catalog.pg_advisory_unlock($1::int4, $2::int4)`, OperationLock, number)
+	return err
+}
+
+// LockOperation polls for the tenant's operation lock for as long as wait, and keeps it until UnlockOperation or the
+// session's end. The fault is Locked.
 func (s *Session) LockOperation(ctx context.Context, number int32, wait time.Duration) error {
 	return pollOperation(ctx, wait, func() (got bool, err error) {
 		return got, s.QueryRow(ctx, `select pg_catalog.pg_try_advisory_lock($1::int4, $2::int4)`, OperationLock, number).Scan(&got)

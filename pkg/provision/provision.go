@@ -97,8 +97,12 @@ type change struct {
 	actor  string
 	// request is what a resumed operation is made from again.
 	request any
-	details any  // of the audit row
-	adopts  bool // the schema is there already: no spare is taken
+	details any // of the audit row
+	// spareless takes no spare: the schema is there already, or is not made as a spare is.
+	spareless bool
+	// once cannot be repeated: it stands in the registry while it is at work, as if there were two databases, and what it
+	// has begun is taken back whatever it fails by.
+	once bool
 
 	// numbered is the same creation under a number; nil: the number is settled.
 	numbered func(number int32) change
@@ -191,13 +195,13 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	}
 
 	var err error
-	if p.o.DB.SameDatabase(c.tenant.Group) {
+	if p.o.DB.SameDatabase(c.tenant.Group) && !c.once {
 		err = p.patiently(ctx, func() error {
 			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 				if c.numbered != nil {
 					var number int32
 					var err error
-					if !c.adopts {
+					if !c.spareless {
 						number, err = p.spareFor(ctx, tx, c.tenant.Group, nil)
 					}
 					if err == nil && number == 0 {
@@ -286,7 +290,7 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 		var refused []int32 // spares that creations have reserved already
 		for {
 			var spare int32
-			if c.numbered != nil && !c.adopts {
+			if c.numbered != nil && !c.spareless {
 				spare = p.spareApart(ctx, c.tenant.Group, refused)
 			}
 			err := inMain(func(tx *postgres.OwnerTx) error {
@@ -326,7 +330,12 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 	defer p.beat(ctx, **op)()
 	err := p.patiently(ctx, func() error { return p.o.DB.AsOwner(ctx, c.tenant.Group, schema) })
 	if err != nil {
-		if retryable(err) {
+		if c.once {
+			// A command that was interrupted still cleans up; where it cannot, the same command does.
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), p.o.GateWait)
+			defer cancel()
+		} else if retryable(err) {
 			return err // the operation stays open and is resumed
 		}
 		return errors.Join(err, p.takeBack(ctx, *c, *op, p.named(err, *c), inMain))
@@ -494,6 +503,7 @@ type request struct {
 	Settings          json.RawMessage `json:"settings,omitempty"`
 	GraceSeconds      int64           `json:"grace_seconds,omitempty"`
 	Adopt             *Adoption       `json:"adopt,omitempty"`
+	Filled            bool            `json:"filled,omitempty"`
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

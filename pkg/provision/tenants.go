@@ -34,7 +34,18 @@ type CreateRequest struct {
 	AdminEmail, AdminPasswordHash string
 	Settings                      json.RawMessage // a JSON object; empty: {}
 	Adopt                         *Adoption       // the schema is there already; nil: it is to be made
+	Fill                          *Filling        // the tables get rows before anybody sees them; nil: the tenant begins as its migrations make it
 	Actor                         string          // who asked, for the audit trail
+}
+
+// Filling is what a tenant begins with. A creation with it that is interrupted cannot be finished by anybody else: it is
+// undone.
+type Filling struct {
+	// Version is that of the tenant migrations to whose tables the rows belong; the later ones run when they are in.
+	Version int
+	// Rows puts the rows in, in a transaction that is bound to the schema and that nobody sees before it has ended. It is called
+	// once at most.
+	Rows func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) error
 }
 
 // Request is the request as it is queued for a worker.
@@ -44,7 +55,7 @@ func (r CreateRequest) wire() request {
 	w := request{
 		Slug: r.Slug.String(), Name: r.Name, Schema: r.Schema.String(), Group: r.Group,
 		AdminEmail: r.AdminEmail, AdminPasswordHash: r.AdminPasswordHash, Settings: r.Settings,
-		Adopt: r.Adopt,
+		Adopt: r.Adopt, Filled: r.Fill != nil,
 	}
 	for _, h := range r.Domains {
 		w.Domains = append(w.Domains, h.String())
@@ -54,6 +65,9 @@ func (r CreateRequest) wire() request {
 
 func (w request) create(actor string) (CreateRequest, error) {
 	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Adopt: w.Adopt, Actor: actor}
+	if w.Filled { // by whoever asked for it, and nobody else
+		r.Fill = &Filling{Rows: func(context.Context, *postgres.OwnerTx, structure.Schema) error { return errFillLost }}
+	}
 	var err error
 	if r.Slug, err = tenant.ParseSlug(w.Slug); err != nil {
 		return r, err
@@ -189,7 +203,7 @@ func (p *Provisioner) vacant(ctx context.Context, slug tenant.Slug, actor string
 		// A create that was killed between two databases is finished by asking for the same again.
 		t, kind, err := p.findAndFinish(ctx, slug)
 		switch {
-		case fault.Is(err, fault.NotFound): // or undone
+		case fault.Is(err, fault.NotFound), errors.Is(err, errFillLost): // or undone
 			continue
 		case err != nil:
 			return false, t, err
@@ -241,7 +255,7 @@ func (p *Provisioner) creation(ctx context.Context, r CreateRequest, number int3
 func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, number int32, reference structure.Structure) change {
 	t := tenant.Tenant{Number: number, Slug: r.Slug, Schema: r.Schema, Group: r.Group, State: tenant.Active, Name: r.Name}
 	state := tenant.Active
-	if !p.o.DB.SameDatabase(r.Group) {
+	if !p.o.DB.SameDatabase(r.Group) || r.Fill != nil {
 		state = tenant.Creating
 	}
 	details := map[string]any{"schema": r.Schema.String(), "group": r.Group}
@@ -250,7 +264,7 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 	}
 	return change{
 		kind: KindCreate, point: "create", tenant: t, actor: r.Actor, request: r.wire(),
-		details: details, adopts: r.Adopt != nil,
+		details: details, spareless: r.Adopt != nil || r.Fill != nil, once: r.Fill != nil,
 		begin: func(ctx context.Context, q postgres.Querier) error {
 			if err := room(ctx, q, r.Group); err != nil {
 				return err
@@ -398,18 +412,29 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 			return err
 		}
 	}
-	var user func() error
-	if r.AdminEmail != "" {
-		user = func() error { return firstUser(ctx, tx, r) }
+	at := plot{number: number, schema: r.Schema, state: string(tenant.Active)}
+	switch {
+	case r.Fill != nil:
+		at.fill = r.Fill
+		return p.build(ctx, tx, inst, at, func() error {
+			return r.Fill.Rows(ctx, tx, structure.Schema{Name: r.Schema.String(), Role: p.role(inst, number)})
+		})
+	case r.AdminEmail != "":
+		return p.build(ctx, tx, inst, at, func() error { return firstUser(ctx, tx, r) })
 	}
-	return p.build(ctx, tx, inst, plot{number: number, schema: r.Schema, state: string(tenant.Active)}, user)
+	return p.build(ctx, tx, inst, at, nil)
 }
+
+// errFillLost ends a creation whose rows only another process had.
+var errFillLost = fault.New(fault.Conflict, "the import was interrupted, and has been undone").WithCode("import_interrupted").WithHint("import it again")
 
 // plot says where a schema is built, and as what.
 type plot struct {
 	number int32
 	schema tenant.Schema
 	state  string
+	// fill says behind which migration inside runs; nil: behind all.
+	fill *Filling
 }
 
 // build makes role, schema, tables, placement and ledger rows. inside, which may be nil, runs when the tables are made,
@@ -429,14 +454,21 @@ func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst post
 	}
 	b.WriteString(structure.Empty(structure.Schema{Name: at.schema.String(), Role: role}))
 	head, after := p.o.Migrate.Head(migrate.TenantSet), ""
+	first := head
+	if at.fill != nil {
+		first = at.fill.Version
+	}
 	if inside == nil {
 		after = emptyPath
 	}
-	if err := p.o.Migrate.Create(ctx, tx, at.schema, head, b.String(), after); err != nil {
+	if err := p.o.Migrate.Create(ctx, tx, at.schema, first, b.String(), after); err != nil {
 		return err
 	}
 	if inside != nil {
 		if err := inside(); err != nil {
+			return err
+		}
+		if err := p.o.Migrate.Advance(ctx, tx, at.schema, first, head); err != nil {
 			return err
 		}
 		if err := tx.Script(ctx, emptyPath); err != nil {

@@ -57,8 +57,7 @@ func (g Group) Repair(t tenant.Tenant) string {
 	}
 	s := g.schemas[t.Number]
 	schema, owner := postgres.Quote(s.Name), postgres.Quote(g.owner)
-	render := strings.NewReplacer(markSchema, strings.ReplaceAll(s.Name, "'", "''"), markName, schema,
-		markTenant, postgres.Quote(s.Role), markOwner, owner, markSelf, owner)
+	words := render(s, g.owner)
 	var b strings.Builder
 	const claim = `do $$ begin if not pg_catalog.pg_try_advisory_xact_lock(%d, %d) then raise 'another operation is at work on this tenant'; end if; end $$`
 	begin := fmt.Sprintf("begin;\n"+claim+";\nset local lock_timeout to '5s';\nset local search_path to %s, ext, pg_temp;\nset local check_function_bodies to off;\n",
@@ -74,12 +73,12 @@ func (g Group) Repair(t tenant.Tenant) string {
 			asOwner = true
 		}
 		if st.note != "" {
-			b.WriteString(comment(render.Replace(st.note)) + "\n")
+			b.WriteString(comment(words.Replace(st.note)) + "\n")
 		}
 		if st.sql == "" {
 			continue
 		}
-		sql := strings.TrimRight(render.Replace(st.sql), " \n;") + ";"
+		sql := strings.TrimRight(words.Replace(st.sql), " \n;") + ";"
 		if st.off {
 			sql = comment(sql)
 		}

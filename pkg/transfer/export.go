@@ -1,0 +1,316 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/archive"
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/structure"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// ExportOptions say how a tenant is written.
+type ExportOptions struct {
+	// To is whom the archive is encrypted to; none: everybody can read it.
+	To []archive.Recipient
+	// Progress is told how far it is, now and then; may be nil.
+	Progress func(Progress)
+}
+
+// Progress is how far an export or a load has come.
+type Progress struct {
+	Table string // at hand
+	Rows  int64
+	Bytes int64 // of rows, as COPY writes them
+	// Total is about how many bytes of tables there are, as PostgreSQL keeps them; 0: unknown.
+	Total int64
+}
+
+// Export writes a tenant as an archive: every row as it was at one moment, while others go on working. It holds the
+// tenant's operation lock, so that no migration runs meanwhile, and no lock that a request would wait for. When it fails,
+// what was written is no archive, and Reader says so.
+func (x *Transfers) Export(ctx context.Context, t tenant.Tenant, w io.Writer, o ExportOptions) (archive.Trailer, error) {
+	var trailer archive.Trailer
+	known, err := x.registryOf(ctx, t)
+	if err != nil {
+		return trailer, named(err, t)
+	}
+	err = x.o.DB.OwnerSession(ctx, t.Group, func(ses *postgres.Session) error {
+		trailer, err = x.export(ctx, ses, t, known, w, o)
+		return err
+	})
+	return trailer, named(err, t)
+}
+
+// registryOf reads what the shared tables know of a tenant.
+func (x *Transfers) registryOf(ctx context.Context, t tenant.Tenant) (r archive.Registry, err error) {
+	err = x.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		now, err := registry.ByNumber(ctx, tx, t.Number)
+		if err != nil {
+			return err
+		}
+		r = archive.Registry{Name: now.Name, State: string(now.State)}
+		if r.Settings, err = registry.Settings(ctx, tx, t); err != nil {
+			return err
+		}
+		domains, err := registry.Domains(ctx, tx, t)
+		if err != nil {
+			return err
+		}
+		for _, d := range domains {
+			// The default one goes with the name, which may be another one there.
+			if d.Host != now.Slug.Under(x.o.BaseDomain) {
+				r.Domains = append(r.Domains, archive.Domain{Host: d.Host.String(), Primary: d.Primary})
+			}
+		}
+		return nil
+	})
+	return r, err
+}
+
+// plain is how values are written, whatever the server's or the database's own words are: what one server writes another one reads.
+const plain = `set local datestyle to 'ISO, YMD'; set local intervalstyle to postgres; set local extra_float_digits to 3;
+set local bytea_output to hex; set local timezone to utc; set local lc_monetary to 'C'; set local xmloption to content;
+set local row_security to off; set local search_path to ''`
+
+// export writes one tenant over a session that may write others afterwards.
+func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, w io.Writer, o ExportOptions) (trailer archive.Trailer, err error) {
+	// The lock comes first: the snapshot must not be older than what another operation has just done.
+	if err := ses.LockOperation(ctx, t.Number, x.o.LockWait); err != nil {
+		return trailer, err
+	}
+	defer func() {
+		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if uerr := ses.UnlockOperation(uctx, t.Number); err == nil {
+			err = uerr
+		}
+	}()
+	inst, err := x.o.DB.Installation(ctx, t.Group)
+	if err != nil {
+		return trailer, err
+	}
+	err = ses.Snapshot(ctx, func() error {
+		if err := ses.Script(ctx, plain); err != nil {
+			return err
+		}
+		at, err := standing(ctx, ses, t)
+		if err != nil {
+			return err
+		}
+		h, own, err := x.describe(ctx, ses, t, at)
+		if err != nil {
+			return err
+		}
+		h.Installation = inst.ID
+		tables, err := tablesOf(ctx, ses, at.Name)
+		if err != nil {
+			return err
+		}
+		out, err := archive.NewWriter(w, h, o.To...)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(out.Registry(known), out.Structure(own)); err != nil {
+			return err
+		}
+		if err := failpoint.Hit("export.begun"); err != nil {
+			return err
+		}
+		told := meter{tell: o.Progress}
+		for _, table := range tables {
+			told.Total += table.bytes
+		}
+		for _, table := range tables {
+			if slices.Contains(x.o.Volatile, table.name) {
+				continue
+			}
+			rows, err := out.Table(archive.Table{Name: table.name, Columns: table.columns})
+			if err != nil {
+				return err
+			}
+			n, err := ses.CopyTo(ctx, told.through(rows, table.name), copyOf(at.Name, table.name, table.columns)+" to stdout")
+			if err != nil {
+				return fmt.Errorf("read table %s: %w", table.name, err)
+			}
+			told.Rows += n
+			if err := out.EndTable(n); err != nil {
+				return err
+			}
+			if err := failpoint.Hit("export.table"); err != nil {
+				return err
+			}
+		}
+		// A sequence knows no snapshots: read behind the rows it is ahead of all of them.
+		sequences, err := sequencesOf(ctx, ses, at.Name)
+		if err != nil {
+			return err
+		}
+		trailer, err = out.Close(sequences)
+		return err
+	})
+	return trailer, err
+}
+
+// standing is where the tenant's schema stands. NotFound: it is gone, or was made again behind oneo's back.
+func standing(ctx context.Context, q postgres.Querier, t tenant.Tenant) (at structure.Schema, err error) {
+	const query = `select p.schema, p.role from public.placements p
+join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema where p.number = $1 and p.state <> 'spare'`
+	err = q.QueryRow(ctx, query, t.Number).Scan(&at.Name, &at.Role)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return at, fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing").
+			WithHint("oneo migrate status names all such tenants")
+	}
+	return at, err
+}
+
+// describe says at which version the tenant is and what it has beyond that.
+func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenant.Tenant, at structure.Schema) (h archive.Header, own archive.Structure, err error) {
+	h = archive.Header{Made: time.Now().UTC(), Oneo: x.o.Version, Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group}
+	var beside int
+	const ask = `select pg_catalog.current_setting('server_version_num')::int, (select count(*) from public.progress where tenant = $1)`
+	if err := ses.QueryRow(ctx, ask, t.Number).Scan(&h.Postgres, &beside); err != nil {
+		return h, own, err
+	}
+	if beside > 0 {
+		return h, own, fault.New(fault.Conflict, "a migration of this tenant has been begun and not ended").WithCode("migration_unfinished").
+			WithHint("oneo migrate -t %s", t.Slug)
+	}
+	rows, err := ses.Query(ctx, `select version, name, checksum from public.ledger where set = 'tenant' and tenant = $1 order by version`, t.Number)
+	if err != nil {
+		return h, own, err
+	}
+	h.Migrations, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (m archive.Migration, err error) {
+		return m, row.Scan(&m.Version, &m.Name, &m.Checksum)
+	})
+	if err != nil {
+		return h, own, err
+	}
+	have, err := structure.Read(ctx, ses, at)
+	if err != nil {
+		return h, own, err
+	}
+	base, err := x.o.Structure.Reference(ctx, t.Group, h.Version())
+	if err != nil {
+		return h, own, err
+	}
+	h.Fingerprint, h.Base = have.Hash(), base.Hash()
+	if h.Fingerprint != h.Base {
+		for _, step := range structure.Way(base, have) {
+			own.Custom = append(own.Custom, archive.Statement{Object: step.What, SQL: step.SQL})
+		}
+	}
+	return h, own, nil
+}
+
+// table is one whose rows are written.
+type table struct {
+	name    string
+	columns []string
+	bytes   int64
+}
+
+// tablesOf lists the tables of a schema that hold rows, with the columns that are written: not those that PostgreSQL
+// computes. It looks at nothing of other schemas.
+func tablesOf(ctx context.Context, q postgres.Querier, schema string) ([]table, error) {
+	const query = `select c.relname::text, coalesce((select pg_catalog.array_agg(a.attname::text order by a.attnum) from pg_catalog.pg_attribute a
+	where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''), '{}'), pg_catalog.pg_table_size(c.oid)
+from pg_catalog.pg_class c where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'r' order by c.relname`
+	rows, err := q.Query(ctx, query, schema)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (t table, err error) {
+		return t, row.Scan(&t.name, &t.columns, &t.bytes)
+	})
+}
+
+// sequencesOf reads where the sequences of a schema stand.
+func sequencesOf(ctx context.Context, q postgres.Querier, schema string) ([]archive.Sequence, error) {
+	const query = `select c.relname::text from pg_catalog.pg_class c
+where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'S' order by c.relname`
+	rows, err := q.Query(ctx, query, schema)
+	if err != nil {
+		return nil, err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	all := make([]archive.Sequence, len(names))
+	asks := make([]string, len(names))
+	for i, n := range names {
+		all[i].Name = n
+		asks[i] = fmt.Sprintf("select %d, last_value, is_called from %s.%s", i, postgres.Quote(schema), postgres.Quote(n))
+	}
+	rows, err = q.Query(ctx, strings.Join(asks, " union all "))
+	if err != nil {
+		return nil, err
+	}
+	var i int
+	var last int64
+	var called bool
+	_, err = pgx.ForEachRow(rows, []any{&i, &last, &called}, func() error {
+		all[i].Last, all[i].Called = last, called
+		return nil
+	})
+	return all, err
+}
+
+// copyOf is the beginning of a COPY of a table's rows.
+func copyOf(schema, name string, columns []string) string {
+	quoted := make([]string, len(columns))
+	for i, c := range columns {
+		quoted[i] = postgres.Quote(c)
+	}
+	list := ""
+	if len(quoted) > 0 {
+		list = " (" + strings.Join(quoted, ", ") + ")"
+	}
+	return "copy " + postgres.Quote(schema) + "." + postgres.Quote(name) + list
+}
+
+// meter counts the rows that go by, and tells of them.
+type meter struct {
+	Progress
+	tell func(Progress)
+	last time.Time
+}
+
+const tellEvery = 100 * time.Millisecond
+
+func (m *meter) count(n int) {
+	m.Bytes += int64(n)
+	if m.tell != nil && time.Since(m.last) > tellEvery {
+		m.last = time.Now()
+		m.tell(m.Progress)
+	}
+}
+
+// through counts what is written to w.
+func (m *meter) through(w io.Writer, table string) io.Writer {
+	m.Table = table
+	return writerFunc(func(p []byte) (int, error) {
+		m.count(len(p))
+		return w.Write(p)
+	})
+}
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// head is the newest version that this binary knows.
+func (x *Transfers) head() int { return x.o.Migrate.Head(migrate.TenantSet) }

@@ -1,0 +1,149 @@
+package transfer
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/oneo-crm/oneo/pkg/archive"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/structure"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// ImportOptions say what a tenant is made of an archive as.
+type ImportOptions struct {
+	Slug   tenant.Slug   // zero: the archive's
+	Schema tenant.Schema // zero: made from the slug
+	Group  string        // empty: main
+	// Identities open an encrypted archive, MaxBytes bounds what it may come to; 0: no bound.
+	Identities []archive.Identity
+	MaxBytes   int64
+	// CustomDDL runs the statements of the archive that are no migrations.
+	CustomDDL bool
+	Actor     string
+	// Progress is told how far it is, now and then; may be nil.
+	Progress func(Progress)
+}
+
+// Import makes a new tenant of an archive. Under the archive's own name it gets its domains back and is suspended where it was; under another name
+// neither. Faults: WrongKey and Unverified for the archive, Conflict when a name or a domain is taken, or the archive does not
+// fit the migrations here. When it fails there is no such tenant.
+func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t tenant.Tenant, trailer archive.Trailer, err error) {
+	a, err := archive.NewReader(r, archive.ReadOptions{Identities: o.Identities, MaxBytes: o.MaxBytes})
+	if err != nil {
+		return t, trailer, err
+	}
+	defer a.Close()
+	h, known := a.Header(), a.Registry()
+	req, err := x.request(h, known, o)
+	if err != nil {
+		return t, trailer, err
+	}
+	if err := x.fits(ctx, h, req.Group); err != nil {
+		return t, trailer, err
+	}
+	if err := allowed(a.Structure(), o.CustomDDL); err != nil {
+		return t, trailer, err
+	}
+	begun := false
+	req.Fill = &provision.Filling{Version: h.Version(), Rows: func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) error {
+		if begun { // what was read is gone
+			return fault.New(fault.Conflict, "the import was interrupted").WithCode("import_interrupted").WithHint("import it again")
+		}
+		begun = true
+		trailer, err = x.load(ctx, tx, a, at, &meter{tell: o.Progress})
+		return err
+	}}
+	if t, err = x.o.Provision.Create(ctx, req); err != nil {
+		return t, trailer, err
+	}
+	if tenant.State(known.State) == tenant.Suspended && h.Slug == t.Slug.String() {
+		t, err = x.o.Provision.Suspend(ctx, t.Slug, o.Actor)
+	}
+	return t, trailer, err
+}
+
+// request is the creation of the tenant.
+func (x *Transfers) request(h archive.Header, known archive.Registry, o ImportOptions) (r provision.CreateRequest, err error) {
+	r = provision.CreateRequest{Slug: o.Slug, Schema: o.Schema, Group: o.Group, Name: known.Name, Settings: known.Settings, Actor: o.Actor}
+	if r.Group == "" {
+		r.Group = postgres.MainGroup
+	}
+	if r.Slug.IsZero() {
+		if r.Slug, err = tenant.ParseSlug(h.Slug); err != nil {
+			return r, err
+		}
+	}
+	if r.Slug.String() != h.Slug {
+		if r.Name == h.Slug {
+			r.Name = ""
+		}
+		return r, nil
+	}
+	for _, d := range known.Domains {
+		host, err := tenant.ParseHost(d.Host)
+		if err != nil {
+			return r, err
+		}
+		r.Domains = append(r.Domains, host)
+	}
+	return r, nil
+}
+
+// allowed refuses SQL that nobody has asked for.
+func allowed(s archive.Structure, custom bool) error {
+	if len(s.Custom) == 0 || custom {
+		return nil
+	}
+	const most = 20
+	var list []string
+	for _, c := range s.Custom[:min(most, len(s.Custom))] {
+		list = append(list, "  "+structure.Step{SQL: c.SQL}.String())
+	}
+	if n := len(s.Custom) - most; n > 0 {
+		list = append(list, fmt.Sprintf("  and %d more", n))
+	}
+	return fault.New(fault.Conflict, "the tenant had more than its migrations make; the archive would run:\n%s", strings.Join(list, "\n")).WithCode("custom_ddl").
+		WithHint("look at it, then add --with-custom-ddl")
+}
+
+// custom runs the archive's own statements, bound to the schema.
+func custom(ctx context.Context, tx *postgres.OwnerTx, s archive.Structure, at structure.Schema) error {
+	if len(s.Custom) == 0 {
+		return nil
+	}
+	var owner string
+	if err := tx.QueryRow(ctx, `select current_user::text`).Scan(&owner); err != nil {
+		return err
+	}
+	for _, c := range s.Custom {
+		if err := tx.Script(ctx, structure.Step{SQL: c.SQL}.On(at, owner)); err != nil {
+			return fault.Wrap(err, fault.Conflict, "the archive's own statement for %s cannot be run here", c.Object).WithCode("custom_ddl")
+		}
+	}
+	return nil
+}
+
+// sameStructure compares what has come of the migrations and the archive's statements with what was exported.
+func sameStructure(ctx context.Context, tx *postgres.OwnerTx, h archive.Header, at structure.Schema) error {
+	var here int
+	if err := tx.QueryRow(ctx, `select pg_catalog.current_setting('server_version_num')::int`).Scan(&here); err != nil {
+		return err
+	}
+	if major(here) != major(h.Postgres) { // the words differ
+		return nil
+	}
+	have, err := structure.Read(ctx, tx, at)
+	if err != nil {
+		return err
+	}
+	if have.Hash() != h.Fingerprint {
+		return fault.New(fault.Conflict, "what has come of the archive has not the structure that was exported").WithCode("structure_differs").
+			WithHint("the tenant has something that cannot be carried; `oneo migrate drift -t %s` shows it where it came from", h.Slug)
+	}
+	return nil
+}
