@@ -208,6 +208,7 @@ type importOptions struct {
 	as, schema, group string
 	keys              keyFlags
 	customDDL         bool
+	noDomains         bool
 	maxSize           int64
 	progress          string
 }
@@ -234,13 +235,14 @@ suspended if it was; with --as it begins with the default domain only.`,
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: main")
 	o.keys.register(f)
 	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations")
+	f.BoolVar(&o.noDomains, "without-domains", false, "leave the archive's domains out")
 	f.Int64Var(&o.maxSize, "max-size", 1<<40, "refuse an archive that comes to more `BYTES` when it is unpacked")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")
 	return cmd
 }
 
 func tenantImport(ctx context.Context, e *env, o importOptions) error {
-	as := transfer.ImportOptions{Group: o.group, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Actor: e.actor()}
+	as := transfer.ImportOptions{Group: o.group, MaxBytes: o.maxSize, CustomDDL: o.customDDL, WithoutDomains: o.noDomains, Actor: e.actor()}
 	var err error
 	if o.as != "" {
 		if as.Slug, err = tenant.ParseSlug(o.as); err != nil {

@@ -19,6 +19,8 @@ type ImportOptions struct {
 	Slug   tenant.Slug   // zero: the archive's
 	Schema tenant.Schema // zero: made from the slug
 	Group  string        // empty: main
+	// WithoutDomains leaves the archive's domains out.
+	WithoutDomains bool
 	// Identities open an encrypted archive, MaxBytes bounds what it may come to; 0: no bound.
 	Identities []archive.Identity
 	MaxBytes   int64
@@ -82,6 +84,9 @@ func (x *Transfers) request(h archive.Header, known archive.Registry, o ImportOp
 		if r.Name == h.Slug {
 			r.Name = ""
 		}
+		return r, nil
+	}
+	if o.WithoutDomains {
 		return r, nil
 	}
 	for _, d := range known.Domains {
