@@ -242,7 +242,10 @@ suspended if it was; with --as it begins with the default domain only.`,
 }
 
 func tenantImport(ctx context.Context, e *env, o importOptions) error {
-	as := transfer.ImportOptions{Group: o.group, MaxBytes: o.maxSize, CustomDDL: o.customDDL, WithoutDomains: o.noDomains, Actor: e.actor()}
+	as := transfer.ImportOptions{
+		Loading: transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Actor: e.actor()},
+		Group:   o.group, WithoutDomains: o.noDomains,
+	}
 	var err error
 	if o.as != "" {
 		if as.Slug, err = tenant.ParseSlug(o.as); err != nil {

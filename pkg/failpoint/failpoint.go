@@ -28,6 +28,8 @@ var All = []string{
 	"rename.before", "rename.started", "rename.schema", "rename.finish", "rename.after",
 	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",
 	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
+	"restore.before", "restore.started", "restore.filled", "restore.schema", "restore.finish", "restore.after",
+	"return.before", "return.started", "return.schema", "return.finish", "return.after",
 	"spare.removed", "spare.made",
 	"migrate.before", "migrate.applied", "migrate.tidied", "migrate.begun", "migrate.statement", "migrate.finish",
 	"migrate.batch", "migrate.batched", "migrate.after",

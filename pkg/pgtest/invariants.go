@@ -31,12 +31,16 @@ select format('I1: schema %s belongs to no placement', n.nspname) from pg_namesp
 where n.nspname !~ '^pg_' and n.nspname not in ('public', 'ext', 'information_schema')
   and not exists (select from public.placements p where p.schema = n.nspname)
   and not exists (select from public.undo_points u where coalesce(u.undone, u.schema) = n.nspname)
+  and not exists (select from public.replaced r where r.schema = n.nspname and r.namespace = n.oid)
+union all
+select format('I1: the restore %s of tenant %s has kept a schema that is not there: %s', r.operation, r.tenant, r.schema)
+from public.replaced r where not exists (select from pg_namespace n where n.nspname = r.schema and n.oid = r.namespace)
 union all
 select format('I1: the undo point of run %s and tenant %s names a schema that is not there: %s', u.run, u.tenant, coalesce(u.undone, u.schema))
 from public.undo_points u where not exists (select from pg_namespace n where n.nspname = coalesce(u.undone, u.schema))
 union all
 select format('I1: %s may use the schema %s, which is the owner''s alone', a.grantee::regrole, n.nspname)
-from pg_namespace n, aclexplode(n.nspacl) a where n.nspname ~ '^oneo_undo(ne)?_' and a.grantee <> n.nspowner
+from pg_namespace n, aclexplode(n.nspacl) a where n.nspname ~ '^oneo_(undo(ne)?|replaced)_' and a.grantee <> n.nspowner
 union all
 select format('I1: placement %s names a role that is not there: %s', p.number, p.role) from public.placements p
 where not exists (select from pg_roles r where r.rolname = p.role)

@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
@@ -86,6 +87,8 @@ const (
 	KindDrop    = "tenant.drop"
 	KindUndrop  = "tenant.undrop"
 	KindPurge   = "tenant.purge"
+	KindRestore = "tenant.restore"
+	KindReturn  = "tenant.return" // undoes a restore
 )
 
 // change is one structural change of one tenant. Where one database holds everything, begin, schema and finish run in
@@ -103,6 +106,9 @@ type change struct {
 	// once cannot be repeated: it stands in the registry while it is at work, as if there were two databases, and what it
 	// has begun is taken back whatever it fails by.
 	once bool
+
+	// known is told under which operation it runs, before schema; may be nil.
+	known func(operation uuid.UUID)
 
 	// numbered is the same creation under a number; nil: the number is settled.
 	numbered func(number int32) change
@@ -153,6 +159,9 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	schema := func(tx *postgres.OwnerTx) error {
 		if err := tx.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
 			return err
+		}
+		if op != nil && c.known != nil {
+			c.known(op.ID)
 		}
 		if op != nil && op.Begun {
 			if err := p.stillRunning(ctx, op); err != nil {
@@ -467,7 +476,7 @@ func (p *Provisioner) findAndFinish(ctx context.Context, slug tenant.Slug) (t te
 			return t, finished, err
 		case ours:
 			open.Attempts++
-			if err := p.carryOut(ctx, open); err != nil {
+			if err := p.carryOut(ctx, open); err != nil && !errors.Is(err, errFillLost) {
 				return t, "", err
 			}
 			finished = open.Kind
@@ -504,6 +513,8 @@ type request struct {
 	GraceSeconds      int64           `json:"grace_seconds,omitempty"`
 	Adopt             *Adoption       `json:"adopt,omitempty"`
 	Filled            bool            `json:"filled,omitempty"`
+	KeepSeconds       int64           `json:"keep_seconds,omitempty"`
+	Restore           *uuid.UUID      `json:"restore,omitempty"` // that is undone
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

@@ -66,7 +66,7 @@ func (r CreateRequest) wire() request {
 func (w request) create(actor string) (CreateRequest, error) {
 	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Adopt: w.Adopt, Actor: actor}
 	if w.Filled { // by whoever asked for it, and nobody else
-		r.Fill = &Filling{Rows: func(context.Context, *postgres.OwnerTx, structure.Schema) error { return errFillLost }}
+		r.Fill = &Filling{Rows: fillLost}
 	}
 	var err error
 	if r.Slug, err = tenant.ParseSlug(w.Slug); err != nil {
@@ -203,7 +203,7 @@ func (p *Provisioner) vacant(ctx context.Context, slug tenant.Slug, actor string
 		// A create that was killed between two databases is finished by asking for the same again.
 		t, kind, err := p.findAndFinish(ctx, slug)
 		switch {
-		case fault.Is(err, fault.NotFound), errors.Is(err, errFillLost): // or undone
+		case fault.Is(err, fault.NotFound): // or undone
 			continue
 		case err != nil:
 			return false, t, err
@@ -425,8 +425,11 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	return p.build(ctx, tx, inst, at, nil)
 }
 
-// errFillLost ends a creation whose rows only another process had.
-var errFillLost = fault.New(fault.Conflict, "the import was interrupted, and has been undone").WithCode("import_interrupted").WithHint("import it again")
+// errFillLost ends a creation or a restore whose rows only another process had.
+var errFillLost = fault.New(fault.Conflict, "the import or restore was interrupted, and has been undone").WithCode("import_interrupted").
+	WithHint("run the same command again")
+
+func fillLost(context.Context, *postgres.OwnerTx, structure.Schema) error { return errFillLost }
 
 // plot says where a schema is built, and as what.
 type plot struct {
@@ -800,6 +803,9 @@ func destroy(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installati
 		details[codeSchemaMissing] = true
 	}
 	if err := dropUndo(ctx, tx, number); err != nil {
+		return err
+	}
+	if err := dropReplaced(ctx, tx, number); err != nil {
 		return err
 	}
 	if err := dropRole(ctx, tx, inst.TenantRole(number), details); err != nil {

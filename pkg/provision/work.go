@@ -49,6 +49,9 @@ func (p *Provisioner) Work(ctx context.Context) error {
 			if at, err = p.purgeOverdue(ctx, at); err != nil && ctx.Err() == nil {
 				p.o.Logger.ErrorContext(ctx, "purge overdue tenants", "error", err)
 			}
+			if _, err := p.ExpireReplaced(ctx); err != nil && ctx.Err() == nil {
+				p.o.Logger.ErrorContext(ctx, "destroy what restores have kept", "error", err)
+			}
 		}
 		if p.keepPools(ctx, &pools) {
 			continue // operations first, then the next spare
@@ -258,6 +261,13 @@ func (p *Provisioner) changeOn(ctx context.Context, t tenant.Tenant, op registry
 		if err = allowed("purged", tenant.Dropped); err == nil {
 			c, err = p.purging(ctx, t, op.Actor)
 		}
+	case KindRestore: // whose rows are gone, unless they are in already
+		c = p.restoring(t, RestoreRequest{Fill: Filling{Rows: fillLost}, Keep: time.Duration(r.KeepSeconds) * time.Second, Actor: op.Actor}, &Restored{})
+	case KindReturn:
+		if r.Restore == nil {
+			return nil, fault.New(fault.Invalid, "the operation names no restore")
+		}
+		c = p.returning(t, *r.Restore, op.Actor, &Restored{})
 	case KindRename:
 		c, err = p.renameOf(t, op, r)
 		if err == nil {

@@ -104,6 +104,15 @@ func ReferenceSchema(random uint64) Schema {
 	return Schema{fmt.Sprintf("oneo_reference_%016x", random)}
 }
 
+// RestoreSchema is the name of the schema that a restore loads the tenant of a number into, and ReplacedSchema of the one
+// that holds what the restore has taken out of use. operation tells restores apart: 8 hex digits.
+func RestoreSchema(number int32) Schema { return Schema{fmt.Sprintf("oneo_restore_%d", number)} }
+
+// ReplacedSchema: see RestoreSchema.
+func ReplacedSchema(number int32, operation string) Schema {
+	return Schema{fmt.Sprintf("oneo_replaced_%d_%s", number, operation)}
+}
+
 // UndoSchema is the name of the schema that holds what a run has kept of the tenant of a number; UndoneSchema of the one
 // that holds what undoing the run has taken out. run tells runs apart: 8 hex digits.
 func UndoSchema(number int32, run string) Schema {

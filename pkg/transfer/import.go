@@ -2,9 +2,11 @@ package transfer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -14,13 +16,8 @@ import (
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
-// ImportOptions say what a tenant is made of an archive as.
-type ImportOptions struct {
-	Slug   tenant.Slug   // zero: the archive's
-	Schema tenant.Schema // zero: made from the slug
-	Group  string        // empty: main
-	// WithoutDomains leaves the archive's domains out.
-	WithoutDomains bool
+// Loading says how an archive is read and loaded.
+type Loading struct {
 	// Identities open an encrypted archive, MaxBytes bounds what it may come to; 0: no bound.
 	Identities []archive.Identity
 	MaxBytes   int64
@@ -31,9 +28,19 @@ type ImportOptions struct {
 	Progress func(Progress)
 }
 
-// Import makes a new tenant of an archive. Under the archive's own name it gets its domains back and is suspended where it was; under another name
-// neither. Faults: WrongKey and Unverified for the archive, Conflict when a name or a domain is taken, or the archive does not
-// fit the migrations here. When it fails there is no such tenant.
+// ImportOptions say what a tenant is made of an archive as.
+type ImportOptions struct {
+	Loading
+	Slug   tenant.Slug   // zero: the archive's
+	Schema tenant.Schema // zero: made from the slug
+	Group  string        // empty: main
+	// WithoutDomains leaves the archive's domains out.
+	WithoutDomains bool
+}
+
+// Import makes a new tenant of an archive. Under the archive's own name it gets its domains back and is suspended where
+// it was; under another name neither. Faults: WrongKey and Unverified for the archive, Conflict when a name or a domain
+// is taken, or the archive does not fit the migrations here. When it fails there is no such tenant.
 func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t tenant.Tenant, trailer archive.Trailer, err error) {
 	a, err := archive.NewReader(r, archive.ReadOptions{Identities: o.Identities, MaxBytes: o.MaxBytes})
 	if err != nil {
@@ -45,21 +52,11 @@ func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t
 	if err != nil {
 		return t, trailer, err
 	}
-	if err := x.fits(ctx, h, req.Group); err != nil {
+	fill, err := x.filling(ctx, a, req.Group, o.Loading, &trailer)
+	if err != nil {
 		return t, trailer, err
 	}
-	if err := allowed(a.Structure(), o.CustomDDL); err != nil {
-		return t, trailer, err
-	}
-	begun := false
-	req.Fill = &provision.Filling{Version: h.Version(), Rows: func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) error {
-		if begun { // what was read is gone
-			return fault.New(fault.Conflict, "the import was interrupted").WithCode("import_interrupted").WithHint("import it again")
-		}
-		begun = true
-		trailer, err = x.load(ctx, tx, a, at, &meter{tell: o.Progress})
-		return err
-	}}
+	req.Fill = &fill
 	if t, err = x.o.Provision.Create(ctx, req); err != nil {
 		return t, trailer, err
 	}
@@ -67,6 +64,62 @@ func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t
 		t, err = x.o.Provision.Suspend(ctx, t.Slug, o.Actor)
 	}
 	return t, trailer, err
+}
+
+// Restore puts the tables of an archive in the place of a tenant's, as provision.Restore does; its domains and settings
+// stay as they are. keep is how long what is there now is kept. The archive may be another tenant's only if foreign says so.
+func (x *Transfers) Restore(ctx context.Context, t tenant.Tenant, r io.Reader, keep time.Duration, foreign bool, o Loading) (done provision.Restored, trailer archive.Trailer, err error) {
+	a, err := archive.NewReader(r, archive.ReadOptions{Identities: o.Identities, MaxBytes: o.MaxBytes})
+	if err != nil {
+		return done, trailer, err
+	}
+	defer a.Close()
+	if h := a.Header(); h.Tenant != t.ID && !foreign {
+		return done, trailer, fault.New(fault.Conflict, "the archive is that of another tenant: %s, %s", h.Slug, h.Tenant).WithCode("other_tenant").
+			WithTenant(t.Slug.String()).WithHint("make a tenant of it: oneo tenant import FILE --as NAME; --force restores it here all the same")
+	}
+	fill, err := x.filling(ctx, a, t.Group, o, &trailer)
+	if err != nil {
+		return done, trailer, named(err, t)
+	}
+	done, err = x.o.Provision.Restore(ctx, t.Slug, provision.RestoreRequest{Fill: fill, Keep: keep, Actor: o.Actor})
+	return done, trailer, err
+}
+
+// filling is an archive as provision takes it, once it was found to fit.
+func (x *Transfers) filling(ctx context.Context, a *archive.Reader, group string, o Loading, trailer *archive.Trailer) (provision.Filling, error) {
+	if err := x.fits(ctx, a.Header(), group); err != nil {
+		return provision.Filling{}, err
+	}
+	if err := allowed(a.Structure(), o.CustomDDL); err != nil {
+		return provision.Filling{}, err
+	}
+	begun := false
+	return provision.Filling{Version: a.Header().Version(), Rows: func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) (err error) {
+		if begun { // what was read is gone
+			return fault.New(fault.Conflict, "the archive was read already when the database asked for it again").WithCode("import_interrupted").
+				WithHint("run the same command again")
+		}
+		begun = true
+		if *trailer, err = x.load(ctx, tx, a, at, &meter{tell: o.Progress}); err != nil && ctx.Err() == nil {
+			// A changed byte shows first as a value that PostgreSQL does not take, or as a table that nobody knows.
+			if derr := readOver(a); fault.Is(derr, fault.Unverified) {
+				return derr
+			}
+		}
+		return err
+	}}, nil
+}
+
+// readOver reads what is left of an archive, and returns what is wrong with it.
+func readOver(a *archive.Reader) error {
+	for {
+		if _, err := a.Next(); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
 }
 
 // request is the creation of the tenant.

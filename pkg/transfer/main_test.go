@@ -82,7 +82,7 @@ func (k task) child() error {
 		if err != nil {
 			return err
 		}
-		_, _, err = p.Import(ctx, f, transfer.ImportOptions{Slug: slug, Actor: "test"})
+		_, _, err = p.Import(ctx, f, transfer.ImportOptions{Slug: slug, Loading: transfer.Loading{Actor: "test"}})
 		return err
 	}
 	var t tenant.Tenant

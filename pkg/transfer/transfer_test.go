@@ -189,7 +189,7 @@ func (f *fixture) export(p parts, t tenant.Tenant, to ...archive.Recipient) ([]b
 }
 
 func (f *fixture) load(p parts, b []byte, as string, change ...func(*transfer.ImportOptions)) (tenant.Tenant, error) {
-	o := transfer.ImportOptions{Actor: "test"}
+	o := transfer.ImportOptions{Loading: transfer.Loading{Actor: "test"}}
 	if as != "" {
 		o.Slug = pgtest.Slug(f.t, as)
 	}
@@ -383,7 +383,7 @@ func TestNothingOfABadArchive(t *testing.T) {
 	_, _, err = p.Import(ctx, io.MultiReader(bytes.NewReader(b[:len(b)/2]), readerFunc(func([]byte) (int, error) {
 		cancel()
 		return 0, context.Canceled
-	})), transfer.ImportOptions{Slug: pgtest.Slug(t, "copy"), Actor: "test"})
+	})), transfer.ImportOptions{Slug: pgtest.Slug(t, "copy"), Loading: transfer.Loading{Actor: "test"}})
 	require.ErrorIs(t, err, context.Canceled)
 	f.nothing("copy")
 	f.Invariants(t)
