@@ -229,7 +229,11 @@ suspended if it was; with --as it begins with the default domain only.`,
 			return tenantImport(cmd.Context(), e, o)
 		},
 	}
-	f := cmd.Flags()
+	o.register(cmd.Flags())
+	return cmd
+}
+
+func (o *importOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.as, "as", "", "`NAME` of the tenant; default: the archive's")
 	f.StringVar(&o.schema, "schema", "", "`NAME` of the schema; default: made from the tenant's")
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: main")
@@ -238,7 +242,6 @@ suspended if it was; with --as it begins with the default domain only.`,
 	f.BoolVar(&o.noDomains, "without-domains", false, "leave the archive's domains out")
 	f.Int64Var(&o.maxSize, "max-size", 1<<40, "refuse an archive that comes to more `BYTES` when it is unpacked")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")
-	return cmd
 }
 
 func tenantImport(ctx context.Context, e *env, o importOptions) error {

@@ -38,7 +38,7 @@ type undoOptions struct {
 func newUndoCmd(e *env) *cobra.Command {
 	o := undoOptions{}
 	cmd := &cobra.Command{
-		Use: "undo RUN", Short: "Take back a run of migrations that kept undo points",
+		Use: "undo RUN|OPERATION", Short: "Take back a run of migrations that kept undo points, or a restore",
 		Long: `Put the tenants of a run of ` + "`oneo migrate --undo-point`" + ` back to the version that they had before it, or those
 that --tenant names. Tables whose rows, columns or rules the run had changed get the rows that they
 had then; all others keep today's. What was written to the former since is lost to the tenant, and
@@ -46,7 +46,10 @@ lies aside until the undo point expires (migrate.undo_keep): how many rows that 
 asks before. When one of the tenants cannot be taken back, nothing is done and it says why.
 
 While what was put back is joined to the tenant's other tables, a second or two for a million rows,
-its users are answered 503 with Retry-After. RUN is a run's id, the end of it, or "last".`,
+its users are answered 503 with Retry-After. RUN is a run's id, the end of it, or "last".
+
+OPERATION is that of ` + "`oneo restore`" + `, or the end of it: what the restore had replaced takes its place again, and what
+it had brought, with all that was written since, lies aside in turn.`,
 		Example: "  oneo undo last\n  oneo undo 018f3c2e-7a10-7c44-9d5e-0a1b2c3d4e5f -t acme --dry-run",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE:    func(cmd *cobra.Command, args []string) error { return runUndo(cmd.Context(), e, args[0], o) },
@@ -116,6 +119,11 @@ func runUndo(ctx context.Context, e *env, name string, o undoOptions) error {
 		return err
 	}
 	run, err := a.Rollout.Find(ctx, name)
+	if fault.Is(err, fault.NotFound) {
+		if op, rerr := a.Provision.RestoreOf(ctx, name); !fault.Is(rerr, fault.NotFound) {
+			return returnRestore(ctx, e, a, op, rerr, o)
+		}
+	}
 	if err != nil {
 		return err
 	}

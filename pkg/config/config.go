@@ -28,6 +28,7 @@ type Config struct {
 	Schemas      Schemas      `mapstructure:"schemas"`
 	Migrate      Migrate      `mapstructure:"migrate"`
 	Runs         Runs         `mapstructure:"runs"`
+	Backup       Backup       `mapstructure:"backup"`
 	Log          Log          `mapstructure:"log"`
 }
 
@@ -144,6 +145,11 @@ type Runs struct {
 	Keep time.Duration `mapstructure:"keep"`
 }
 
+// Backup says where archives lie and how long what restores have replaced does.
+type Backup struct {
+	UndoKeep time.Duration `mapstructure:"undo_keep"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -173,6 +179,7 @@ func Default() Config {
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
+		Backup:  Backup{UndoKeep: 7 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -359,6 +366,7 @@ func (c Config) Validate() error {
 	positive("migrate.patience", c.Migrate.Patience)
 	positive("migrate.stale_after", c.Migrate.StaleAfter)
 	positive("migrate.undo_keep", c.Migrate.UndoKeep)
+	positive("backup.undo_keep", c.Backup.UndoKeep)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {
