@@ -98,7 +98,7 @@ func TestKnownTenantsAreServedWithoutTheRegistry(t *testing.T) {
 		c.Cache.TenantGrace = time.Hour
 		f.change(&c)
 		require.NoError(t, c.Validate())
-		a, err := app.Open(c, slog.New(slog.NewTextHandler(log, nil)))
+		a, err := app.Open(c, "test", slog.New(slog.NewTextHandler(log, nil)))
 		require.NoError(t, err)
 		t.Cleanup(func() { require.NoError(t, a.Close()) })
 		return a

@@ -56,7 +56,7 @@ func (m *Migrator) Advance(ctx context.Context, tx *postgres.OwnerTx, schema ten
 func (m *Migrator) create(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema, files []File, before, after string) error {
 	sc := &script{lead: len(statementsOf(before))}
 	sc.b.WriteString(before)
-	retire(tx, m.sets[TenantSet][:version])
+	retire(tx, files)
 	send := func() error {
 		done, err := tx.Run(ctx, sc.text())
 		if err != nil {

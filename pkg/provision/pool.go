@@ -151,7 +151,7 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 		return err
 	}
 	schema := tenant.SpareSchema(number)
-	err = p.build(ctx, tx, inst, plot{number: number, schema: schema, state: spare}, func() error { return nameless(ctx, tx, schema.String()) })
+	err = p.build(ctx, tx, inst, plot{number: number, schema: schema, state: spare}, func() error { return nameless(ctx, tx, schema.String(), true) })
 	if err != nil {
 		return err
 	}
@@ -170,8 +170,9 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 const codeNotSpare = "no_spares"
 
 // nameless refuses tables that hold the name of their schema as text, as of a function with "set search_path from
-// current" or in a row: renaming the schema would leave them behind. The transaction is bound to the schema.
-func nameless(ctx context.Context, tx *postgres.OwnerTx, schema string) error {
+// current" or, where rows are to be looked at, in a row: renaming the schema would leave them behind. The transaction is
+// bound to the schema.
+func nameless(ctx context.Context, tx *postgres.OwnerTx, schema string, inRows bool) error {
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1::text),
 named as materialized ( -- or every schema of the database would be looked through
 	select 'the function ' || f.proname as what, f.prosrc || ' ' || coalesce(f.proconfig::text, '') as body
@@ -201,7 +202,7 @@ from named where pg_catalog.strpos(body, $1) > 0`
 	if err := tx.QueryRow(ctx, query, schema).Scan(&what, &rows); err != nil {
 		return err
 	}
-	if what == "" && rows != "" {
+	if what == "" && rows != "" && inRows {
 		const first = `select coalesce((select min(what) from (%s) as found (what)), '')`
 		if err := tx.QueryRow(ctx, fmt.Sprintf(first, rows), schema).Scan(&what); err != nil {
 			return err

@@ -126,7 +126,8 @@ func (p *Provisioner) fillBeside(ctx context.Context, tx *postgres.OwnerTx, t te
 		return err
 	}
 	// While the path is bound, or every name of the schema's own would be taken for a text.
-	if err := nameless(ctx, tx, schema.String()); err != nil {
+	// Rows of the archive cannot know this name; those that a later migration has written may.
+	if err := nameless(ctx, tx, schema.String(), fill.Version < head); err != nil {
 		return err
 	}
 	if err := tx.Script(ctx, emptyPath); err != nil {
