@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"regexp"
 	"io"
+	"regexp"
 	"time"
 
 	"github.com/jackc/pgx/v5"
