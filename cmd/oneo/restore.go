@@ -4,7 +4,6 @@ import (
 	"context"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	"github.com/oneo-crm/oneo/pkg/app"
@@ -134,7 +133,7 @@ func returnRestore(ctx context.Context, e *env, a *app.App, op registry.Operatio
 	if err := e.confirm(ctx, what); err != nil {
 		return err
 	}
-	done, err := a.Provision.Return(ctx, t.Slug, uuid.UUID(op.ID), e.actor())
+	done, err := a.Provision.Return(ctx, t.Slug, op.ID, e.actor())
 	if err != nil {
 		return err
 	}
