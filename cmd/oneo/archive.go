@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 type exportOptions struct {
 	slug       string
 	file       string
+	format     string
 	recipients []string
 	passphrase string // file
 	progress   string
@@ -35,16 +37,22 @@ func newTenantExportCmd(e *env) *cobra.Command {
 		Long: `Write one tenant into an archive: what the registry knows of it, and every row of its tables as it was
 at one moment, while its users go on working. Sessions are not in it. The file is whole or it is not there.
 
-With --recipient it is encrypted to an age key, or to several; with --passphrase-file to a passphrase.`,
-		Example: "  oneo tenant export acme\n  oneo tenant export acme -f - --recipient age1... | ssh backup 'cat > acme.oneo'",
-		Args:    usageArgs(cobra.ExactArgs(1)), ValidArgsFunction: e.completeFirstTenant,
+With --recipient it is encrypted to an age key, or to several; with --passphrase-file to a passphrase.
+
+Only an archive can be imported and restored. For other programs there are two more formats: sql is a script that
+psql loads into any database, without oneo; ndjson is a directory with one file a table, one JSON object a row, and a
+manifest, or with -f - the same as a tar file.`,
+		Example: "  oneo tenant export acme\n  oneo tenant export acme -f - --recipient age1... | ssh backup 'cat > acme.oneo'\n" +
+			"  oneo tenant export acme --format sql -f - | psql -v ON_ERROR_STOP=1 elsewhere",
+		Args: usageArgs(cobra.ExactArgs(1)), ValidArgsFunction: e.completeFirstTenant,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.slug = args[0]
 			return tenantExport(cmd.Context(), e, o)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.file, "file", "f", "", "`FILE` to write, - for standard output; default: NAME-<time>.oneo here")
+	f.StringVarP(&o.file, "file", "f", "", "`FILE` to write, - for standard output; default: NAME-<time>.FORMAT here")
+	f.StringVar(&o.format, "format", "oneo", "`FORMAT`: oneo, sql or ndjson")
 	f.StringArrayVar(&o.recipients, "recipient", nil, "age `KEY` that may open it (age1...); repeatable")
 	f.StringVar(&o.passphrase, "passphrase-file", "", "encrypt by the passphrase in a `FILE`")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")
@@ -112,7 +120,11 @@ func tenantExport(ctx context.Context, e *env, o exportOptions) error {
 	if err != nil {
 		return err
 	}
-	if f, ok := e.out.(*os.File); ok && o.file == "-" && term.IsTerminal(int(f.Fd())) {
+	format := transfer.Format(o.format)
+	if !slices.Contains([]transfer.Format{transfer.Archive, transfer.SQL, transfer.NDJSON}, format) {
+		return errUsage{fault.New(fault.Invalid, "unknown format %q", o.format).WithHint("use one of oneo, sql, ndjson")}
+	}
+	if f, ok := e.out.(*os.File); ok && o.file == "-" && format != transfer.SQL && term.IsTerminal(int(f.Fd())) {
 		return fault.New(fault.Invalid, "an archive is not written to a terminal").WithCode("terminal").WithHint("-f FILE, or send it on: oneo tenant export %s -f - | ...", o.slug)
 	}
 	a, err := e.open()
@@ -129,18 +141,26 @@ func tenantExport(ctx context.Context, e *env, o exportOptions) error {
 		return err
 	}
 	x := exported{tenant: t.Slug.String(), file: o.file}
+	if x.file == "" {
+		x.file = t.Slug.String() + "-" + began.UTC().Format("20060102T150405Z") + "." + o.format
+	}
+	how := transfer.ExportOptions{Format: format, To: to, Progress: m.tell}
 	write := func(w io.Writer) error {
 		c := &counted{w: w}
-		x.t, err = a.Transfers.Export(ctx, t, c, transfer.ExportOptions{To: to, Progress: m.tell})
+		x.t, err = a.Transfers.Export(ctx, t, c, how)
 		x.size = c.n
 		return err
 	}
-	if o.file == "-" {
+	switch {
+	case o.file == "-":
 		err = write(e.out)
-	} else {
-		if x.file == "" {
-			x.file = t.Slug.String() + "-" + began.UTC().Format("20060102T150405Z") + ".oneo"
-		}
+	case format == transfer.NDJSON && len(to) == 0:
+		err = store.WriteDir(ctx, x.file, func(create func(string) (io.WriteCloser, error)) error {
+			x.t, err = a.Transfers.ExportFiles(ctx, t, create, how)
+			x.size = x.t.Bytes()
+			return err
+		})
+	default:
 		err = store.WriteFile(ctx, x.file, write)
 	}
 	m.end()

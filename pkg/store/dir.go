@@ -71,6 +71,61 @@ func WriteFile(ctx context.Context, name string, write func(io.Writer) error) er
 	return writeWhole(ctx, root, filepath.Base(name), write)
 }
 
+// WriteDir makes a directory of the files that write creates in it, by names without a slash: it is there with all of
+// them or not at all. There must be none of its name. Only its owner can read it.
+func WriteDir(ctx context.Context, name string, write func(create func(name string) (io.WriteCloser, error)) error) (err error) {
+	root, err := os.OpenRoot(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	base := filepath.Base(name)
+	if _, err := root.Lstat(base); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil {
+			err = &fs.PathError{Op: "mkdir", Path: name, Err: fs.ErrExist}
+		}
+		return err
+	}
+	sweep(root, ".")
+	tmp := temporary + rand.Text()
+	if err := root.Mkdir(tmp, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = root.RemoveAll(tmp)
+		}
+	}()
+	in, err := root.OpenRoot(tmp)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	err = write(func(name string) (io.WriteCloser, error) {
+		f, err := in.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		return synced{f}, err
+	})
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := syncDir(in, "."); err != nil {
+		return err
+	}
+	// It takes the place of no other one: a directory that holds something is not replaced.
+	if err := root.Rename(tmp, base); err != nil {
+		return err
+	}
+	return syncDir(root, ".")
+}
+
+// synced is a file that is on the disk when it is closed.
+type synced struct{ *os.File }
+
+func (s synced) Close() error { return errors.Join(s.Sync(), s.File.Close()) }
+
 // temporary begins the names of files that are being written.
 const temporary = ".oneo-partial-"
 
@@ -135,7 +190,7 @@ func sweep(root *os.Root, dir string) {
 			continue
 		}
 		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > stale {
-			_ = root.Remove(path.Join(dir, e.Name()))
+			_ = root.RemoveAll(path.Join(dir, e.Name()))
 		}
 	}
 }

@@ -160,3 +160,57 @@ func TestManyAtOnce(t *testing.T) {
 	got := read(t, s, "x")
 	require.Equal(t, strings.Repeat(got[:1], 100_000), got)
 }
+
+// A directory is there with all its files, or not at all.
+func TestWriteDir(t *testing.T) {
+	t.Parallel()
+	top := t.TempDir()
+	dir := filepath.Join(top, "made")
+	entries := func() (names []string) {
+		all, err := os.ReadDir(top)
+		require.NoError(t, err)
+		for _, e := range all {
+			names = append(names, e.Name())
+		}
+		return names
+	}
+	add := func(create func(string) (io.WriteCloser, error), name string) error {
+		f, err := create(name)
+		if err != nil {
+			return err
+		}
+		if _, err := io.WriteString(f, "of "+name); err != nil {
+			return err
+		}
+		return f.Close()
+	}
+	full := errors.New("full")
+	err := store.WriteDir(t.Context(), dir, func(create func(string) (io.WriteCloser, error)) error {
+		require.NoError(t, add(create, "a"))
+		require.NoDirExists(t, dir)
+		require.Error(t, add(create, "a"), "twice")
+		require.Error(t, add(create, "../out"))
+		return full
+	})
+	require.ErrorIs(t, err, full)
+	require.Empty(t, entries())
+	gone, cancel := context.WithCancel(t.Context())
+	err = store.WriteDir(gone, dir, func(create func(string) (io.WriteCloser, error)) error {
+		cancel()
+		return add(create, "a")
+	})
+	require.ErrorIs(t, err, context.Canceled)
+	require.Empty(t, entries())
+	both := func(create func(string) (io.WriteCloser, error)) error {
+		return errors.Join(add(create, "a"), add(create, "b"))
+	}
+	require.NoError(t, store.WriteDir(t.Context(), dir, both))
+	require.Equal(t, []string{"made"}, entries())
+	b, err := os.ReadFile(filepath.Join(dir, "b"))
+	require.NoError(t, err)
+	require.Equal(t, "of b", string(b))
+	info, err := os.Stat(filepath.Join(dir, "b"))
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o600), info.Mode().Perm())
+	require.ErrorIs(t, store.WriteDir(t.Context(), dir, both), os.ErrExist)
+}

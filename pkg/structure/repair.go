@@ -175,6 +175,10 @@ func (c *comparison) create(o object) []step {
 	case "domain constraint":
 		first = append(first, do(rankConstraint, "alter domain %s add constraint %s %s%s", parent, name, definition, when(o.get("not valid") != "", " not valid")))
 	case "index":
+		// Of a partitioned table PostgreSQL describes an index that its partitions lack, which would be no valid one.
+		for _, q := range []string{o.part(), name} {
+			definition = strings.Replace(definition, "INDEX "+q+" ON ONLY ", "INDEX "+q+" ON ", 1)
+		}
 		rank := rankIndex
 		if parentIs(c, o, "materialized view") {
 			rank = rankTrigger

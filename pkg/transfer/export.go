@@ -23,10 +23,10 @@ import (
 
 // ExportOptions say how a tenant is written.
 type ExportOptions struct {
+	// Format is what is written; empty: an archive.
+	Format Format
 	// To is whom the archive is encrypted to; none: everybody can read it.
 	To []archive.Recipient
-	// Empty leaves all rows out: what is made of it begins as the migrations make it.
-	Empty bool
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
 }
@@ -40,17 +40,24 @@ type Progress struct {
 	Total int64
 }
 
-// Export writes a tenant as an archive: every row as it was at one moment, while others go on working. It holds the
+// Export writes a tenant as an archive, or in another format: every row as it was at one moment, while others go on working. It holds the
 // tenant's operation lock, so that no migration runs meanwhile, and no lock that a request would wait for. When it fails,
-// what was written is no archive, and Reader says so.
+// what was written is no archive, and Reader says so; plain SQL ends nothing that it has begun.
 func (x *Transfers) Export(ctx context.Context, t tenant.Tenant, w io.Writer, o ExportOptions) (archive.Trailer, error) {
-	var trailer archive.Trailer
+	out, err := x.form(w, o)
+	if err != nil {
+		return archive.Trailer{}, err
+	}
+	return x.exportAs(ctx, t, out, o)
+}
+
+func (x *Transfers) exportAs(ctx context.Context, t tenant.Tenant, out form, o ExportOptions) (trailer archive.Trailer, err error) {
 	known, err := x.registryOf(ctx, t)
 	if err != nil {
 		return trailer, named(err, t)
 	}
 	err = x.o.DB.OwnerSession(ctx, t.Group, func(ses *postgres.Session) error {
-		trailer, err = x.export(ctx, ses, t, known, w, o)
+		trailer, err = x.export(ctx, ses, t, known, out, o)
 		return err
 	})
 	return trailer, named(err, t)
@@ -88,7 +95,7 @@ set local bytea_output to hex; set local timezone to utc; set local lc_monetary 
 set local row_security to off; set local search_path to ''`
 
 // export writes one tenant over a session that may write others afterwards.
-func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, w io.Writer, o ExportOptions) (trailer archive.Trailer, err error) {
+func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, out form, o ExportOptions) (trailer archive.Trailer, err error) {
 	// The lock comes first: the snapshot must not be older than what another operation has just done.
 	if err := ses.LockOperation(ctx, t.Number, x.o.LockWait); err != nil {
 		return trailer, err
@@ -112,47 +119,38 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		if err != nil {
 			return err
 		}
-		h, own, err := x.describe(ctx, ses, t, at)
+		from, err := x.describe(ctx, ses, t, at)
 		if err != nil {
 			return err
 		}
-		h.Installation, h.Empty = inst.ID, o.Empty
+		from.header.Installation, from.known = inst.ID, known
 		tables, err := tablesOf(ctx, ses, at.Name)
 		if err != nil {
 			return err
 		}
-		out, err := archive.NewWriter(w, h, o.To...)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(out.Registry(known), out.Structure(own)); err != nil {
+		from.tables = slices.DeleteFunc(tables, func(t table) bool { return slices.Contains(x.o.Volatile, t.name) })
+		defer out.leave()
+		if err := out.begin(ctx, from); err != nil {
 			return err
 		}
 		if err := failpoint.Hit("export.begun"); err != nil {
 			return err
 		}
-		if o.Empty {
-			trailer, err = out.Close(nil)
-			return err
-		}
 		told := meter{tell: o.Progress}
-		for _, table := range tables {
+		for _, table := range from.tables {
 			told.Total += table.bytes
 		}
-		for _, table := range tables {
-			if slices.Contains(x.o.Volatile, table.name) {
-				continue
-			}
-			rows, err := out.Table(archive.Table{Name: table.name, Columns: table.columns})
+		for _, table := range from.tables {
+			rows, read, err := out.table(table)
 			if err != nil {
 				return err
 			}
-			n, err := ses.CopyTo(ctx, told.through(rows, table.name), copyOf(at.Name, table.name, table.columns)+" to stdout")
+			n, err := ses.CopyTo(ctx, told.through(rows, table.name), read+" to stdout")
 			if err != nil {
 				return fmt.Errorf("read table %s: %w", table.name, err)
 			}
 			told.Rows += n
-			if err := out.EndTable(n); err != nil {
+			if err := out.endTable(n); err != nil {
 				return err
 			}
 			if err := failpoint.Hit("export.table"); err != nil {
@@ -164,7 +162,7 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		if err != nil {
 			return err
 		}
-		trailer, err = out.Close(sequences)
+		trailer, err = out.end(sequences)
 		return err
 	})
 	return trailer, err
@@ -182,43 +180,55 @@ join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema w
 	return at, err
 }
 
+// source is what an export writes from, but for the rows.
+type source struct {
+	q      postgres.Querier // in the snapshot
+	at     structure.Schema
+	header archive.Header
+	known  archive.Registry
+	own    archive.Structure
+	have   structure.Structure
+	tables []table // those whose rows are written
+}
+
 // describe says at which version the tenant is and what it has beyond that.
-func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenant.Tenant, at structure.Schema) (h archive.Header, own archive.Structure, err error) {
-	h = archive.Header{Made: time.Now().UTC(), Oneo: x.o.Version, Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group}
+func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenant.Tenant, at structure.Schema) (from source, err error) {
+	from = source{q: ses, at: at}
+	h := &from.header
+	*h = archive.Header{Made: time.Now().UTC(), Oneo: x.o.Version, Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group}
 	var beside int
 	const ask = `select pg_catalog.current_setting('server_version_num')::int, (select count(*) from public.progress where tenant = $1)`
 	if err := ses.QueryRow(ctx, ask, t.Number).Scan(&h.Postgres, &beside); err != nil {
-		return h, own, err
+		return from, err
 	}
 	if beside > 0 {
-		return h, own, fault.New(fault.Conflict, "a migration of this tenant has been begun and not ended").WithCode("migration_unfinished").
+		return from, fault.New(fault.Conflict, "a migration of this tenant has been begun and not ended").WithCode("migration_unfinished").
 			WithHint("oneo migrate -t %s", t.Slug)
 	}
 	rows, err := ses.Query(ctx, `select version, name, checksum from public.ledger where set = 'tenant' and tenant = $1 order by version`, t.Number)
 	if err != nil {
-		return h, own, err
+		return from, err
 	}
 	h.Migrations, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (m archive.Migration, err error) {
 		return m, row.Scan(&m.Version, &m.Name, &m.Checksum)
 	})
 	if err != nil {
-		return h, own, err
+		return from, err
 	}
-	have, err := structure.Read(ctx, ses, at)
-	if err != nil {
-		return h, own, err
+	if from.have, err = structure.Read(ctx, ses, at); err != nil {
+		return from, err
 	}
 	base, err := x.o.Structure.Reference(ctx, t.Group, h.Version())
 	if err != nil {
-		return h, own, err
+		return from, err
 	}
-	h.Fingerprint, h.Base = have.Hash(), base.Hash()
+	h.Fingerprint, h.Base = from.have.Hash(), base.Hash()
 	if h.Fingerprint != h.Base {
-		for _, step := range structure.Way(base, have) {
-			own.Custom = append(own.Custom, archive.Statement{Object: step.What, SQL: step.SQL})
+		for _, step := range structure.Way(base, from.have) {
+			from.own.Custom = append(from.own.Custom, archive.Statement{Object: step.What, SQL: step.SQL})
 		}
 	}
-	return h, own, nil
+	return from, nil
 }
 
 // table is one whose rows are written.
