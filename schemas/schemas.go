@@ -6,7 +6,7 @@ package schemas
 import "embed"
 
 // Files holds the folders group, shared and tenant, each with files named NNNN_name.up.sql and, where a step can be
-// taken back, NNNN_name.down.sql.
+// taken back, NNNN_name.down.sql; tenant also has neutralize.sql, which is no migration.
 //
 //go:embed group/*.sql shared/*.sql tenant/*.sql
 var Files embed.FS

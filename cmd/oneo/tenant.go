@@ -28,7 +28,7 @@ func newTenantCmd(e *env) *cobra.Command {
 			func(p *provision.Provisioner) stateVerb { return p.Suspend }, "oneo tenant resume "),
 		newTenantStateCmd(e, "resume", "Serve a suspended tenant again", "It is served at once.",
 			func(p *provision.Provisioner) stateVerb { return p.Resume }, "oneo tenant suspend "),
-		newTenantExportCmd(e), newTenantImportCmd(e),
+		newTenantExportCmd(e), newTenantImportCmd(e), newTenantCloneCmd(e),
 		newTenantDropCmd(e),
 		newTenantStateCmd(e, "undrop", "Bring a dropped tenant back",
 			"As long as its grace period lasts, a dropped tenant comes back as it was.",
@@ -248,6 +248,9 @@ func showTenant(ctx context.Context, e *env, a *app.App, t tenant.Tenant, passwo
 		}
 	case !fault.Is(err, fault.NotFound):
 		e.say("its version cannot be read: %s", fault.Of(err).Message)
+	}
+	if m := cloneMark(row.settings); m != "" {
+		columns = append(columns, column[tenantRow]{"CLONE OF", "clone_of", func(tenantRow) any { return m }})
 	}
 	if row.purgeAfter != nil {
 		columns = append(columns, column[tenantRow]{"PURGED AFTER", "purge_after", func(t tenantRow) any { return t.purgeAfter }})

@@ -47,6 +47,8 @@ type Header struct {
 	// depends on the schema's name; both hold for one major version of PostgreSQL.
 	Fingerprint string `json:"fingerprint"`
 	Base        string `json:"base"`
+	// Empty says that the rows were left out: a tenant that is made of it begins with those that its migrations insert.
+	Empty bool `json:"empty,omitempty"`
 }
 
 // Version is the schema version: that of the last applied migration, 0 without any.

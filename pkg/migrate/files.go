@@ -126,7 +126,7 @@ func read(fsys fs.FS, dir string) (map[int]*File, error) {
 	}
 	byVersion := map[int]*File{}
 	for _, e := range entries {
-		if e.IsDir() || !strings.HasSuffix(e.Name(), ".sql") {
+		if e.IsDir() || !strings.HasSuffix(e.Name(), ".sql") || e.Name() == NeutralizeFile {
 			continue
 		}
 		part := "goose"

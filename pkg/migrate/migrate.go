@@ -54,6 +54,8 @@ type Migrator struct {
 	db       *postgres.DB
 	sets     map[Set][]File
 	lockWait time.Duration
+	// neutralize is the text of the tenant folder's file of that name.
+	neutralize string
 }
 
 // New loads all migrations.
@@ -78,6 +80,9 @@ func New(db *postgres.DB, o Options) (*Migrator, error) {
 		}
 		if set == TenantSet {
 			if err := addFuncs(dir, byVersion, o.Funcs); err != nil {
+				return nil, o.called(err)
+			}
+			if m.neutralize, err = readNeutralize(fsys, dir); err != nil {
 				return nil, o.called(err)
 			}
 		}

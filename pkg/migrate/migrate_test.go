@@ -72,6 +72,29 @@ func TestLoad(t *testing.T) {
 	require.Truef(t, fault.Is(err, fault.Invalid), "%v", err)
 }
 
+// The file that neutralises a clone is no migration: it has no number, and may not end the clone's transaction either.
+func TestNeutralizeIsNoMigration(t *testing.T) {
+	t.Parallel()
+	file := func(text string) fstest.MapFS {
+		return fstest.MapFS{"0001_a.up.sql": {Data: []byte("select 1")}, migrate.NeutralizeFile: {Data: []byte(text)}}
+	}
+	m, err := migrate.New(nil, migrate.Options{Files: schemas.Files, Tenant: file("delete from keys")})
+	require.NoError(t, err)
+	require.Len(t, m.Files(migrate.TenantSet), 1)
+	require.True(t, m.Neutralizes())
+	for text, want := range map[string]string{
+		"delete from keys; commit": "transaction control", "-- later": "no statement", "delete from keys where name = 'x": "does not end",
+	} {
+		_, err := migrate.New(nil, migrate.Options{Files: schemas.Files, Tenant: file(text), TenantDir: "/srv/schemas"})
+		require.True(t, fault.Is(err, fault.Invalid), "%s: %v", text, err)
+		require.ErrorContains(t, err, want)
+		require.ErrorContains(t, err, "/srv/schemas")
+	}
+	m, err = migrate.New(nil, migrate.Options{Files: schemas.Files, Tenant: fstest.MapFS{"0001_a.up.sql": {Data: []byte("select 1")}}})
+	require.NoError(t, err)
+	require.False(t, m.Neutralizes(), "what the embedded folder says is about its own tables")
+}
+
 // with is a migrator whose tenant migrations are these.
 func with(t *testing.T, db *postgres.DB, fs fstest.MapFS) *migrate.Migrator {
 	t.Helper()

@@ -130,8 +130,9 @@ func TestKillEverywhere(t *testing.T) {
 	for _, group := range []string{"main", "second"} {
 		for _, place := range slices.Concat(failpoint.All, claiming) {
 			if strings.HasPrefix(place, "run.") || strings.HasPrefix(place, "migrate.") || strings.HasPrefix(place, "down.") ||
-				strings.HasPrefix(place, "sql.") || strings.HasPrefix(place, "point.") || strings.HasPrefix(place, "undo.") {
-				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate does; undo points: pkg/snapshot
+				strings.HasPrefix(place, "sql.") || strings.HasPrefix(place, "point.") || strings.HasPrefix(place, "undo.") ||
+				strings.HasPrefix(place, "export.") || strings.HasPrefix(place, "load.") || strings.HasPrefix(place, "restore.") || strings.HasPrefix(place, "return.") {
+				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate; undo points: pkg/snapshot; archives: pkg/transfer
 			}
 			t.Run(group+" "+place, func(t *testing.T) {
 				t.Parallel()

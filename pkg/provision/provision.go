@@ -513,6 +513,7 @@ type request struct {
 	GraceSeconds      int64           `json:"grace_seconds,omitempty"`
 	Adopt             *Adoption       `json:"adopt,omitempty"`
 	Filled            bool            `json:"filled,omitempty"`
+	Origin            *Origin         `json:"origin,omitempty"`
 	KeepSeconds       int64           `json:"keep_seconds,omitempty"`
 	Restore           *uuid.UUID      `json:"restore,omitempty"` // that is undone
 	// What a rename replaced, for undoing it.

@@ -35,6 +35,7 @@ type CreateRequest struct {
 	Settings                      json.RawMessage // a JSON object; empty: {}
 	Adopt                         *Adoption       // the schema is there already; nil: it is to be made
 	Fill                          *Filling        // the tables get rows before anybody sees them; nil: the tenant begins as its migrations make it
+	Origin                        *Origin         // the tenant that it is a clone of, for the audit trail; nil: of none
 	Actor                         string          // who asked, for the audit trail
 }
 
@@ -46,6 +47,17 @@ type Filling struct {
 	// Rows puts the rows in, in a transaction that is bound to the schema and that nobody sees before it has ended. It is called
 	// once at most.
 	Rows func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) error
+	// After changes the rows when all migrations have run, in the same transaction; may be nil.
+	After func(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema) error
+}
+
+// Origin is the tenant of which another one is a clone. It stands in the audit trail of both.
+type Origin struct {
+	Slug   string `json:"slug"`
+	ID     string `json:"id"`
+	Number int32  `json:"number"`
+	Masked bool   `json:"masked,omitempty"`
+	Empty  bool   `json:"no_data,omitempty"`
 }
 
 // Request is the request as it is queued for a worker.
@@ -55,7 +67,7 @@ func (r CreateRequest) wire() request {
 	w := request{
 		Slug: r.Slug.String(), Name: r.Name, Schema: r.Schema.String(), Group: r.Group,
 		AdminEmail: r.AdminEmail, AdminPasswordHash: r.AdminPasswordHash, Settings: r.Settings,
-		Adopt: r.Adopt, Filled: r.Fill != nil,
+		Adopt: r.Adopt, Filled: r.Fill != nil, Origin: r.Origin,
 	}
 	for _, h := range r.Domains {
 		w.Domains = append(w.Domains, h.String())
@@ -64,7 +76,7 @@ func (r CreateRequest) wire() request {
 }
 
 func (w request) create(actor string) (CreateRequest, error) {
-	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Adopt: w.Adopt, Actor: actor}
+	r := CreateRequest{Name: w.Name, Group: w.Group, AdminEmail: w.AdminEmail, AdminPasswordHash: w.AdminPasswordHash, Settings: w.Settings, Adopt: w.Adopt, Origin: w.Origin, Actor: actor}
 	if w.Filled { // by whoever asked for it, and nobody else
 		r.Fill = &Filling{Rows: fillLost}
 	}
@@ -262,6 +274,9 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 	if r.Adopt != nil {
 		details["adopted_at_version"] = r.Adopt.Version
 	}
+	if r.Origin != nil {
+		details["clone_of"] = r.Origin
+	}
 	return change{
 		kind: KindCreate, point: "create", tenant: t, actor: r.Actor, request: r.wire(),
 		details: details, spareless: r.Adopt != nil || r.Fill != nil, once: r.Fill != nil,
@@ -290,6 +305,11 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 			return p.makeSchema(ctx, tx, r, inst, number)
 		},
 		finish: func(ctx context.Context, q postgres.Querier) error {
+			if r.Origin != nil {
+				if err := clonedTo(ctx, q, *r.Origin, t, r.Actor); err != nil {
+					return err
+				}
+			}
 			if state == tenant.Active {
 				return nil
 			}
@@ -298,6 +318,18 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 		undo: func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, number) },
 		made: placed(number),
 	}
+}
+
+// clonedTo notes in the original's own audit trail where its rows have gone.
+func clonedTo(ctx context.Context, q postgres.Querier, from Origin, to tenant.Tenant, actor string) error {
+	slug, err := tenant.ParseSlug(from.Slug)
+	if err != nil {
+		return err
+	}
+	return registry.Audit(ctx, q, registry.AuditEntry{
+		Actor: actor, Action: "tenant.clone", Tenant: tenant.Tenant{Number: from.Number, Slug: slug},
+		Details: map[string]any{"to": to.Slug.String(), "number": to.Number, "masked": from.Masked, "no_data": from.Empty},
+	})
 }
 
 func created(ctx context.Context, q postgres.Querier, number int32) error {
@@ -473,6 +505,11 @@ func (p *Provisioner) build(ctx context.Context, tx *postgres.OwnerTx, inst post
 		}
 		if err := p.o.Migrate.Advance(ctx, tx, at.schema, first, head); err != nil {
 			return err
+		}
+		if at.fill != nil && at.fill.After != nil {
+			if err := at.fill.After(ctx, tx, at.schema); err != nil {
+				return err
+			}
 		}
 		if err := tx.Script(ctx, emptyPath); err != nil {
 			return err

@@ -32,8 +32,8 @@ import (
 	"github.com/oneo-crm/oneo/pkg/transfer"
 )
 
-// own is what the tenant has beside its migrations, of the kinds that are hard to make in the right order.
-const own = `
+// beyond is what the tenant has beside its migrations, of the kinds that are hard to make in the right order.
+const beyond = `
 create extension if not exists citext with schema ext;
 create type mood as enum ('sad', 'it''s', 'Happy');
 create domain percent as numeric default 0 constraint percent_range check (value between 0 and 100);
@@ -161,7 +161,7 @@ func TestSQL(t *testing.T) {
 	_, err := f.admin.Exec(t.Context(), `create extension citext with schema ext`)
 	require.NoError(t, err)
 	f.in(one, rows)
-	f.in(one, own)
+	f.in(one, beyond)
 	script, trailer := f.exportAs(p, "acme", transfer.SQL)
 	require.NotContains(t, script, "oneo_")
 	require.NotContains(t, script, "secret", "sessions are never in it")

@@ -42,6 +42,11 @@ type ImportOptions struct {
 // it was; under another name neither. Faults: WrongKey and Unverified for the archive, Conflict when a name or a domain
 // is taken, or the archive does not fit the migrations here. When it fails there is no such tenant.
 func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t tenant.Tenant, trailer archive.Trailer, err error) {
+	return x.make(ctx, r, o, nil)
+}
+
+// make is Import; change, which may be nil, has the last word on the creation.
+func (x *Transfers) make(ctx context.Context, r io.Reader, o ImportOptions, change func(*provision.CreateRequest) error) (t tenant.Tenant, trailer archive.Trailer, err error) {
 	a, err := archive.NewReader(r, archive.ReadOptions{Identities: o.Identities, MaxBytes: o.MaxBytes})
 	if err != nil {
 		return t, trailer, err
@@ -57,6 +62,11 @@ func (x *Transfers) Import(ctx context.Context, r io.Reader, o ImportOptions) (t
 		return t, trailer, err
 	}
 	req.Fill = &fill
+	if change != nil {
+		if err := change(&req); err != nil {
+			return t, trailer, err
+		}
+	}
 	if t, err = x.o.Provision.Create(ctx, req); err != nil {
 		return t, trailer, err
 	}

@@ -84,8 +84,10 @@ func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.R
 	if err != nil {
 		return archive.Trailer{}, err
 	}
-	if err := clear(ctx, tx, at.Name, tables); err != nil {
-		return archive.Trailer{}, err
+	if !a.Header().Empty {
+		if err := clear(ctx, tx, at.Name, tables); err != nil {
+			return archive.Trailer{}, err
+		}
 	}
 	if err := failpoint.Hit("load.begun"); err != nil {
 		return archive.Trailer{}, err

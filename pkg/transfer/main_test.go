@@ -47,8 +47,8 @@ func TestMain(m *testing.M) {
 
 // task is one thing done by a process of its own.
 type task struct {
-	What   string // export or import
-	Number int32  // of the tenant that is exported
+	What   string // export, import or clone
+	Number int32  // of the tenant that is exported or cloned
 	File   string
 	As     string
 	Base   string
@@ -93,6 +93,14 @@ func (k task) child() error {
 	if err != nil {
 		return err
 	}
+	if k.What == "clone" {
+		slug, err := tenant.ParseSlug(k.As)
+		if err != nil {
+			return err
+		}
+		_, err = p.Clone(ctx, t, transfer.CloneOptions{Slug: slug, Actor: "test"})
+		return err
+	}
 	return store.WriteFile(ctx, k.File, func(w io.Writer) error {
 		_, err := p.Export(ctx, t, w, transfer.ExportOptions{})
 		return err
@@ -110,6 +118,41 @@ func (k task) process(t *testing.T, failpoints string) (code int, out string) {
 	cmd.Env = append(os.Environ(), childTask+"="+string(raw), "ONEO_FAILPOINTS="+failpoints)
 	b, _ := cmd.CombinedOutput()
 	return cmd.ProcessState.ExitCode(), string(b)
+}
+
+// kill -9 at each place of a clone, which is an export and an import in one, then the same again: there is no half a clone.
+func TestKillClone(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	_, trailer := f.export(p, one)
+	groups := map[string]postgres.Group{postgres.MainGroup: f.Group}
+	tried := 0
+	for n, place := range failpoint.All {
+		switch prefix, _, _ := strings.Cut(place, "."); prefix {
+		case "export", "load", "create":
+		default:
+			continue
+		}
+		k := task{What: "clone", Number: one.Number, As: fmt.Sprintf("copy-%d", n), Base: f.Base.String(), Groups: groups}
+		code, out := k.process(t, place+"=exit")
+		require.Equal(t, 137, code, "%s: %s", place, out)
+		require.Eventually(t, func() bool { // the dead process's operation goes stale within a second
+			code, out = k.process(t, "")
+			return code == 0 || strings.Contains(out, "exists already")
+		}, time.Minute, 100*time.Millisecond, "%s: %s", place, out)
+		got, err := registryTenant(f, k.As)
+		require.NoError(t, err)
+		require.Equal(t, tenant.Active, got.State, place)
+		_, have := f.export(p, got)
+		require.Equal(t, trailer.Tables, have.Tables, place)
+		require.Equal(t, 1, f.count(`select count(*) from public.audit where action = 'tenant.clone' and tenant = $1 and details ->> 'to' = $2`, one.Number, k.As), place)
+		tried++
+	}
+	require.Equal(t, 10, tried)
+	f.Invariants(t)
 }
 
 // kill -9 at each place of an export and an import, then the same again: of what was half done nothing is there, and

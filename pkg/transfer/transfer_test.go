@@ -103,6 +103,9 @@ func files(up ...string) fstest.MapFS {
 		if strings.HasPrefix(text, "data:") {
 			name, text = fmt.Sprintf("%04d_step.data.sql", i+1), strings.TrimPrefix(text, "data:")
 		}
+		if rest, is := strings.CutPrefix(text, "neutralize:"); is { // the last one
+			name, text = migrate.NeutralizeFile, rest
+		}
 		fs[name] = &fstest.MapFile{Data: []byte(text)}
 	}
 	return fs

@@ -1,0 +1,179 @@
+package transfer_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/pkg/transfer"
+)
+
+// own is what a tenant has beyond its migrations.
+const own = `create table notes (id serial primary key, book bigint references books (id), text text); insert into notes (book, text) values (1, 'mine');
+create view emails as select name from authors; create function twice(i integer) returns integer language sql as 'select 2 * i'`
+
+func (f *fixture) clone(p parts, t tenant.Tenant, as string, change ...func(*transfer.CloneOptions)) (transfer.Cloned, error) {
+	o := transfer.CloneOptions{Slug: pgtest.Slug(f.t, as), Actor: "test"}
+	for _, c := range change {
+		c(&o)
+	}
+	return p.Clone(context.Background(), t, o)
+}
+
+// A clone is the original of one moment, own tables and all, under an id and a number of its own; what was written about
+// the original in the registry stays there, and the original is as it was.
+func TestClone(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	host, err := tenant.ParseHost("crm.acme.example")
+	require.NoError(t, err)
+	one, err := p.provision.Create(t.Context(), provision.CreateRequest{
+		Slug: pgtest.Slug(t, "acme"), Settings: []byte(`{"public": {"colour": "teal"}, "number": 12345678901234567890.10}`), Domains: []tenant.Host{host}, Actor: "test"})
+	require.NoError(t, err)
+	f.in(one, rows)
+	f.in(one, own)
+	_, trailer := f.export(p, one)
+	one, err = p.provision.Suspend(t.Context(), one.Slug, "test")
+	require.NoError(t, err)
+
+	done, err := f.clone(p, one, "copy")
+	require.NoError(t, err)
+	two := done.Tenant
+	require.False(t, done.Neutralized, "there is no file that would")
+	require.Equal(t, tenant.Active, two.State)
+	require.NotEqual(t, one.ID, two.ID)
+	require.NotEqual(t, one.Number, two.Number)
+	_, have := f.export(p, two)
+	require.Equal(t, trailer.Tables, have.Tables)
+	require.Equal(t, trailer.Sequences, have.Sequences)
+	require.Equal(t, pgtest.Fingerprint(t, f.admin, one.Schema.String(), f.role(one)), pgtest.Fingerprint(t, f.admin, two.Schema.String(), f.role(two)))
+	require.Equal(t, "0", f.ask(two, `select count(*) from sessions`))
+	require.Equal(t, "secret", f.ask(one, `select token from sessions`))
+	require.Equal(t, 1, f.count(`select count(*) from public.domains where tenant = $1`, two.Number))
+	require.Equal(t, 1, f.count(`select count(*) from public.tenants where number = $1 and settings @> '{"public": {"colour": "teal"}, "number": 12345678901234567890.10}'
+and settings -> 'clone' ->> 'of' = 'acme' and settings -> 'clone' ->> 'id' = $2 and (settings -> 'clone' ->> 'at')::timestamptz > now() - interval '1 hour'`, two.Number, one.ID))
+	require.Equal(t, 1, f.count(`select count(*) from public.tenants where number = $1 and not settings ? 'clone'`, one.Number))
+	require.Equal(t, 1, f.count(`select count(*) from public.audit where action = 'tenant.create' and tenant = $1 and details -> 'clone_of' ->> 'slug' = 'acme'`, two.Number))
+	require.Equal(t, 1, f.count(`select count(*) from public.audit where action = 'tenant.clone' and tenant = $1 and slug = 'acme' and details ->> 'to' = 'copy'`, one.Number))
+	require.NoError(t, f.DB.InTenant(t.Context(), two, postgres.Write, func(tx *postgres.Tx) error {
+		_, err := tx.Exec(t.Context(), `insert into authors (name) values ('its own')`)
+		return err
+	}))
+	require.Equal(t, "0", f.ask(one, `select count(*) from authors where name = 'its own'`))
+	f.Invariants(t)
+
+	// A clone's clone is marked as the clone's.
+	done, err = f.clone(p, two, "again")
+	require.NoError(t, err)
+	require.Equal(t, 1, f.count(`select count(*) from public.tenants where number = $1 and settings -> 'clone' ->> 'of' = 'copy'`, done.Tenant.Number))
+}
+
+// Without its rows a clone has the same structure, and what the migrations insert.
+func TestCloneWithoutRows(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	f.in(one, own)
+	done, err := f.clone(p, one, "copy", func(o *transfer.CloneOptions) { o.Empty = true })
+	require.NoError(t, err)
+	two := done.Tenant
+	require.Zero(t, done.Trailer.Rows())
+	require.Equal(t, pgtest.Fingerprint(t, f.admin, one.Schema.String(), f.role(one)), pgtest.Fingerprint(t, f.admin, two.Schema.String(), f.role(two)))
+	require.Equal(t, "by the migration", f.ask(two, `select string_agg(key, ',') from seeded`))
+	for _, table := range []string{"authors", "books", "notes", "parts", "types", "counted", `"Odd ""Name"`} {
+		require.Equal(t, "0", f.ask(two, `select count(*) from `+table), table)
+	}
+	require.Equal(t, "100", f.ask(two, `select nextval('tickets')`))
+	f.Invariants(t)
+}
+
+// What the folder's own file takes off is off before anybody sees the clone, by words of the newest version, in the clone only.
+func TestCloneIsNeutralized(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	old := f.with(first)
+	one := f.tenant(old, "acme")
+	f.in(one, rows)
+	p := f.with(first, `alter table authors add column token text default 'live'`,
+		`neutralize:-- mail and keys
+update authors set token = 'off'; delete from seeded; insert into seeded values ('neutral');`)
+	done, err := f.clone(p, one, "copy")
+	require.NoError(t, err)
+	two := done.Tenant
+	require.True(t, done.Neutralized)
+	require.Equal(t, "0", f.ask(two, `select count(*) from authors where token <> 'off'`))
+	require.Equal(t, "neutral", f.ask(two, `select string_agg(key, ',') from seeded`))
+	require.Equal(t, "1", f.ask(two, `select count(distinct xmin::text) from (select xmin from seeded union all select xmin from books) x`), "one transaction")
+	require.Equal(t, "another", f.ask(one, `select string_agg(key, ',') from seeded`))
+	f.Invariants(t)
+
+	// One that fails leaves no clone: one that is not neutralised is none.
+	bad := f.with(first, `alter table authors add column token text default 'live'`, "neutralize:select 1;\ndelete from no_such_table")
+	_, err = f.clone(bad, one, "other")
+	require.True(t, fault.Is(err, fault.Unfit), "%v", err)
+	require.ErrorContains(t, err, "neutralize.sql failed in line 2")
+	f.nothing("other")
+}
+
+// What is refused leaves nothing; a failure of the one side is told, and not what it did to the other.
+func TestCloneRefused(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	f.tenant(p, "beta")
+	_, err := f.clone(p, one, "acme")
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	_, err = f.clone(p, one, "beta")
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	require.ErrorContains(t, err, "exists already")
+	_, err = f.clone(p, one, "copy", func(o *transfer.CloneOptions) { o.Group = "nowhere" })
+	require.Error(t, err)
+	f.nothing("copy")
+	newer := f.with(first, `alter table authors add column token text`)
+	two, err := newer.provision.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "newer"), Actor: "test"})
+	require.NoError(t, err)
+	_, err = f.clone(p, two, "copy")
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	f.nothing("copy")
+	_, err = f.admin.Exec(t.Context(), `alter schema acme rename to elsewhere`)
+	require.NoError(t, err)
+	_, err = f.clone(p, one, "copy")
+	require.True(t, fault.Is(err, fault.NotFound), "%v", err)
+	require.ErrorContains(t, err, "not where the registry says")
+	f.nothing("copy")
+}
+
+// A clone goes into another group's database when that is asked for, and stays in the original's otherwise.
+func TestCloneIntoAnotherGroup(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	second := f.SecondGroup(t)
+	db, _, _ := f.Open(t, func(o *postgres.Options) { o.Groups["second"] = second })
+	p := f.on(db, first)
+	_, err := p.migrate.Shared(t.Context())
+	require.NoError(t, err)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	_, trailer := f.export(p, one)
+	done, err := f.clone(p, one, "copy", func(o *transfer.CloneOptions) { o.Group = "second" })
+	require.NoError(t, err)
+	require.Equal(t, "second", done.Tenant.Group)
+	_, have := f.export(p, done.Tenant)
+	require.Equal(t, trailer.Tables, have.Tables)
+	done, err = f.clone(p, done.Tenant, "again")
+	require.NoError(t, err)
+	require.Equal(t, "second", done.Tenant.Group)
+	require.WithinDuration(t, time.Now(), done.Tenant.CreatedAt, time.Hour)
+}
