@@ -33,3 +33,17 @@ func (p *Provisioner) KeepPools(ctx context.Context) {
 func (p *Provisioner) Keep(ctx context.Context, group string, size int) (bool, error) {
 	return p.keep(ctx, group, size)
 }
+
+// DropNow and RenameNow begin a change of a tenant as it was read, without waiting for another operation on it.
+func (p *Provisioner) DropNow(ctx context.Context, t tenant.Tenant) (tenant.Tenant, error) {
+	return p.run(ctx, p.dropping(t, time.Hour, "test"), nil)
+}
+
+// RenameNow: see DropNow.
+func (p *Provisioner) RenameNow(ctx context.Context, t tenant.Tenant, schema string) (tenant.Tenant, error) {
+	to, err := tenant.ParseSchema(schema)
+	if err != nil {
+		return t, err
+	}
+	return p.run(ctx, p.renaming(t, RenameRequest{Slug: t.Slug, Schema: to, Name: t.Name, Actor: "test"}), nil)
+}

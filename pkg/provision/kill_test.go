@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
@@ -20,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
 )
@@ -48,6 +50,8 @@ type task struct {
 	Operation string
 	Group     string
 	PoolSize  int
+	Restore   uuid.UUID // that is undone
+	Silent    bool      // gives no signs of life
 	Groups    map[string]postgres.Group
 }
 
@@ -60,14 +64,19 @@ func (k task) child() error {
 		return err
 	}
 	defer db.Close()
-	_, p, _, err := openOn(db, k.pool)
+	_, p, _, err := openOn(db, k.options)
 	if err != nil {
 		return err
 	}
 	return k.do(context.Background(), p)
 }
 
-func (k task) pool(o *provision.Options) { o.PoolSize = k.PoolSize }
+func (k task) options(o *provision.Options) {
+	o.PoolSize = k.PoolSize
+	if k.Silent {
+		o.StaleAfter = time.Hour
+	}
+}
 
 func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, *provision.Provisioner, *migrate.Migrator, error) {
 	m, err := migrate.New(db, migrate.Options{Files: schemas.Files})
@@ -113,6 +122,10 @@ func (k task) do(ctx context.Context, p *provision.Provisioner) error {
 			return perr
 		}
 		_, err = p.Rename(ctx, acme, provision.RenameRequest{Slug: to, Schema: to.Schema(), Actor: "test"})
+	case "restore":
+		_, err = p.Restore(ctx, acme, provision.RestoreRequest{Fill: oneUser("restored"), Keep: time.Hour, Actor: "test"})
+	case "return":
+		_, err = p.Return(ctx, acme, k.Restore, "test")
 	case "spare":
 		if err = p.KeepSpares(ctx); err == nil {
 			p.KeepPools(ctx)
@@ -131,7 +144,7 @@ func TestKillEverywhere(t *testing.T) {
 		for _, place := range slices.Concat(failpoint.All, claiming) {
 			if strings.HasPrefix(place, "run.") || strings.HasPrefix(place, "migrate.") || strings.HasPrefix(place, "down.") ||
 				strings.HasPrefix(place, "sql.") || strings.HasPrefix(place, "point.") || strings.HasPrefix(place, "undo.") ||
-				strings.HasPrefix(place, "export.") || strings.HasPrefix(place, "load.") || strings.HasPrefix(place, "restore.") || strings.HasPrefix(place, "return.") {
+				strings.HasPrefix(place, "export.") || strings.HasPrefix(place, "load.") {
 				continue // runs over the fleet: cmd/oneo kills those; migrations of one tenant: pkg/migrate; undo points: pkg/snapshot; archives: pkg/transfer
 			}
 			t.Run(group+" "+place, func(t *testing.T) {
@@ -149,6 +162,11 @@ func TestKillEverywhere(t *testing.T) {
 					spares = f.spares(t, group)
 				}
 				f.prepare(t, operation, group)
+				if operation == "return" {
+					done, err := f.p.Restore(ctx, pgtest.Slug(t, "acme"), provision.RestoreRequest{Fill: oneUser("restored"), Keep: time.Hour, Actor: "test"})
+					require.NoError(t, err)
+					k.Restore = done.Operation
+				}
 
 				self, err := os.Executable()
 				require.NoError(t, err)
@@ -159,6 +177,8 @@ func TestKillEverywhere(t *testing.T) {
 				out, _ := cmd.CombinedOutput()
 				require.Equalf(t, 137, cmd.ProcessState.ExitCode(), "the failpoint %s did not fire:\n%s", point, out)
 
+				f.oneOfTwo(t, operation, place)
+
 				// The connections of the dead process may take a moment to end, and its operation to go stale.
 				pause := time.NewTimer(250 * time.Millisecond)
 				<-pause.C
@@ -166,7 +186,7 @@ func TestKillEverywhere(t *testing.T) {
 				// When the dead process had finished, or its operation is finished first, doing it again may say so.
 				if err != nil {
 					require.Truef(t, strings.Contains(err.Error(), "exists already") || strings.Contains(err.Error(), "there is no tenant") ||
-						strings.Contains(err.Error(), "cannot be"), "doing it again: %v", err)
+						strings.Contains(err.Error(), "cannot be") || strings.Contains(err.Error(), "undone already"), "doing it again: %v", err)
 				}
 				f.reached(t, operation, group)
 				if claims {
@@ -180,6 +200,46 @@ func TestKillEverywhere(t *testing.T) {
 			})
 		}
 	}
+}
+
+// oneUser fills a tenant's tables with one user, of that name.
+func oneUser(name string) provision.Filling {
+	return provision.Filling{Version: 1, Rows: func(ctx context.Context, tx *postgres.OwnerTx, _ structure.Schema) error {
+		_, err := tx.Exec(ctx, `insert into users (id, email, password_hash) values (gen_random_uuid(), $1, 'x')`, name+"@acme.example")
+		return err
+	}}
+}
+
+// users reads who a tenant has, as a request.
+func (f fixture) users(t *testing.T, slug string) (emails string) {
+	t.Helper()
+	tn, err := find(t.Context(), f.db, slug)
+	require.NoError(t, err)
+	require.NoError(t, f.db.InTenant(t.Context(), tn, postgres.Read, func(tx *postgres.Tx) error {
+		return tx.QueryRow(t.Context(), `select coalesce(string_agg(email, ' ' order by email), '') from users`).Scan(&emails)
+	}))
+	return emails
+}
+
+// oneOfTwo holds that a killed restore, or its undo, has left the tenant as it was or as it was to be, and served.
+func (f fixture) oneOfTwo(t *testing.T, operation, place string) {
+	t.Helper()
+	before, after := "before@acme.example", "restored@acme.example"
+	switch operation {
+	case "restore":
+	case "return":
+		before, after = after, before
+	default:
+		return
+	}
+	want := before
+	if place == operation+".finish" || place == operation+".after" {
+		want = after
+		if f.groups["second"].URL == "" && place == "return.finish" { // all is one transaction
+			want = before
+		}
+	}
+	require.Equal(t, want, f.users(t, "acme"), place)
 }
 
 // claiming are the places of a creation that takes a spare.
@@ -232,6 +292,12 @@ func (f fixture) prepare(t *testing.T, operation, group string) {
 	f.create(t, "acme", group)
 	var err error
 	switch operation {
+	case "restore", "return":
+		tn, ferr := find(ctx, f.db, "acme")
+		require.NoError(t, ferr)
+		err = f.db.AsOwnerIn(ctx, tn, func(tx *postgres.OwnerTx) error {
+			return oneUser("before").Rows(ctx, tx, structure.Schema{})
+		})
 	case "resume":
 		_, err = f.p.Suspend(ctx, acme, "test")
 	case "undrop", "purge":
@@ -288,6 +354,12 @@ func (f fixture) reached(t *testing.T, operation, group string) {
 	})
 	if state == tenant.Active {
 		require.NoErrorf(t, err, "after %s the tenant must be served, with its newest tables", operation)
+		switch operation {
+		case "restore":
+			require.Equal(t, "restored@acme.example", f.users(t, slug))
+		case "return":
+			require.Equal(t, "before@acme.example", f.users(t, slug))
+		}
 		require.Equal(t, slug, schema)
 	} else {
 		require.Errorf(t, err, "after %s the tenant must not be served", operation)
@@ -308,7 +380,7 @@ func (f fixture) invariants(t *testing.T) {
 	const second = `select format('placement %s %s', p.number, p.schema) from public.placements p
 left join pg_namespace n on n.nspname = p.schema and n.oid = p.namespace left join pg_roles r on r.rolname = p.role where n.oid is null or r.oid is null
 union all select 'stray schema ' || nspname from pg_namespace where nspname !~ '^pg_' and nspname not in ('public', 'ext', 'information_schema')
-  and nspname not in (select schema from public.placements)
+  and nspname not in (select schema from public.placements) and nspname not in (select schema from public.replaced)
 union all select format('ledger of %s', tenant) from public.ledger where set = 'tenant' and tenant not in (select number from public.placements)
 union all select format('version of %s', p.number) from public.placements p
   where p.version <> (select coalesce(max(version), 0) from public.ledger where set = 'tenant' and tenant = p.number)`

@@ -27,7 +27,7 @@ import (
 func (f fixture) sized(t *testing.T, size int, change ...func(*provision.Options)) *provision.Provisioner {
 	t.Helper()
 	db, _, _ := f.env.Open(t, func(o *postgres.Options) { o.Groups = f.groups })
-	_, p, _, err := openOn(db, append([]func(*provision.Options){task{PoolSize: size}.pool}, change...)...)
+	_, p, _, err := openOn(db, append([]func(*provision.Options){task{PoolSize: size}.options}, change...)...)
 	require.NoError(t, err)
 	return p
 }

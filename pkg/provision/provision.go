@@ -107,7 +107,7 @@ type change struct {
 	// has begun is taken back whatever it fails by.
 	once bool
 
-	// known is told under which operation it runs, before schema; may be nil.
+	// known is told under which operation it runs, before anything else is asked of it; may be nil.
 	known func(operation uuid.UUID)
 
 	// numbered is the same creation under a number; nil: the number is settled.
@@ -125,6 +125,9 @@ type change struct {
 func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation) (tenant.Tenant, error) {
 	if err := failpoint.Hit(c.point + ".before"); err != nil {
 		return tenant.Tenant{}, err
+	}
+	if op != nil && c.known != nil {
+		c.known(op.ID)
 	}
 	hosts := map[tenant.Host]bool{}
 	var after tenant.Tenant
@@ -160,11 +163,8 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		if err := tx.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
 			return err
 		}
-		if op != nil && c.known != nil {
-			c.known(op.ID)
-		}
 		if op != nil && op.Begun {
-			if err := p.stillRunning(ctx, op); err != nil {
+			if err := p.stillRunning(ctx, tx, c, op); err != nil {
 				return err
 			}
 			// What an earlier attempt has made is not looked at again: only forward is left.
@@ -177,15 +177,17 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		}
 		return failpoint.Hit(c.point + ".schema")
 	}
+	ended := func(tx *postgres.OwnerTx) (err error) {
+		if after, err = registry.ByNumber(ctx, tx, c.tenant.Number); err != nil {
+			return err
+		}
+		return collect(tx)
+	}
 	finish := func(tx *postgres.OwnerTx) error {
 		if err := c.finish(ctx, tx); err != nil {
 			return err
 		}
-		var err error
-		if after, err = registry.ByNumber(ctx, tx, c.tenant.Number); err != nil {
-			return err
-		}
-		if err := collect(tx); err != nil {
+		if err := ended(tx); err != nil {
 			return err
 		}
 		if err := registry.Audit(ctx, tx, registry.AuditEntry{Actor: c.actor, Action: c.kind, Tenant: after, Details: c.details}); err != nil {
@@ -233,7 +235,7 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 			})
 		})
 	} else {
-		err = p.runApart(ctx, &c, &op, begin, schema, finish)
+		err = p.runApart(ctx, &c, &op, begin, schema, finish, ended)
 	}
 	if err != nil {
 		return tenant.Tenant{}, p.named(err, c)
@@ -282,8 +284,9 @@ func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c chang
 	return running(open)
 }
 
-// runApart carries a change out whose schema lies in another database than the registry. It settles the number of *c.
-func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Operation, begin, schema, finish func(*postgres.OwnerTx) error) error {
+// runApart carries a change out whose schema lies in another database than the registry, or that cannot be repeated. It
+// settles the number of *c. ended reads what has become of it when somebody else has finished it.
+func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Operation, begin, schema, finish, ended func(*postgres.OwnerTx) error) error {
 	inMain := func(steps ...func(*postgres.OwnerTx) error) error {
 		return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 			for _, step := range steps {
@@ -336,9 +339,12 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 		}
 		(*op).Begun = true
 	}
+	if c.known != nil {
+		c.known((*op).ID)
+	}
 	defer p.beat(ctx, **op)()
 	err := p.patiently(ctx, func() error { return p.o.DB.AsOwner(ctx, c.tenant.Group, schema) })
-	if err != nil {
+	if err != nil && !isOver(err) {
 		if c.once {
 			// A command that was interrupted still cleans up; where it cannot, the same command does.
 			var cancel context.CancelFunc
@@ -347,9 +353,33 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 		} else if retryable(err) {
 			return err // the operation stays open and is resumed
 		}
-		return errors.Join(err, p.takeBack(ctx, *c, *op, p.named(err, *c), inMain))
+		made, terr := p.takeBack(ctx, *c, *op, p.named(err, *c))
+		if !made || terr != nil {
+			return errors.Join(err, terr)
+		}
+		err = nil // its commit's answer was lost, or another process was faster
 	}
-	return inMain(finish)
+	if err == nil {
+		err = inMain(finish)
+	}
+	if isOver(err) {
+		// This process was taken for dead, and another one has ended the operation: as it was to end, or not.
+		err = inMain(func(tx *postgres.OwnerTx) error {
+			if now, oerr := registry.OperationByID(ctx, tx, (*op).ID); oerr != nil || now.State != registry.Done {
+				return err
+			}
+			return ended(tx)
+		})
+	}
+	return err
+}
+
+const codeOver = "operation_over"
+
+// isOver reports whether somebody else has ended the operation.
+func isOver(err error) bool {
+	var f *fault.Fault
+	return errors.As(err, &f) && f.Code == codeOver
 }
 
 // numberTaken reports whether the registry has a tenant of that number already. It is the registry's row that reserves
@@ -360,18 +390,17 @@ func numberTaken(err error) bool {
 }
 
 // takeBack undoes the beginning of an operation whose schema cannot be made, and fails it, in one transaction. What an
-// earlier attempt has made stays: then the operation stays open too, and is finished later. The operation lock keeps a
-// process that was taken for dead from making the schema meanwhile.
-func (p *Provisioner) takeBack(ctx context.Context, c change, op *registry.Operation, cause error, inMain func(...func(*postgres.OwnerTx) error) error) error {
-	return p.o.DB.AsOwner(ctx, c.tenant.Group, func(there *postgres.OwnerTx) error {
+// attempt has made stays, and made says so: then only forward is left. The operation lock keeps a process that was taken for
+// dead from making the schema meanwhile.
+func (p *Provisioner) takeBack(ctx context.Context, c change, op *registry.Operation, cause error) (made bool, err error) {
+	err = p.o.DB.AsOwner(ctx, c.tenant.Group, func(there *postgres.OwnerTx) error {
 		if err := there.LockOperation(ctx, c.tenant.Number, p.o.GateWait); err != nil {
 			return err
 		}
-		made, err := c.made(ctx, there)
-		if err != nil || made {
+		if made, err = c.made(ctx, there); err != nil || made {
 			return err
 		}
-		return inMain(func(tx *postgres.OwnerTx) error {
+		return p.inRegistry(ctx, there, c.tenant.Group, func(tx *postgres.OwnerTx) error {
 			if c.undo != nil {
 				if err := c.undo(ctx, tx); err != nil {
 					return err
@@ -380,14 +409,25 @@ func (p *Provisioner) takeBack(ctx context.Context, c change, op *registry.Opera
 			return registry.Fail(ctx, tx, op.ID, fault.Of(cause))
 		})
 	})
+	return made, err
+}
+
+// inRegistry runs fn in the registry's database: in the group's own transaction where that is the same one, so that an
+// operation that is at work needs no second connection.
+func (p *Provisioner) inRegistry(ctx context.Context, there *postgres.OwnerTx, group string, fn func(*postgres.OwnerTx) error) error {
+	if p.o.DB.SameDatabase(group) {
+		return fn(there)
+	}
+	return p.o.DB.AsOwner(ctx, postgres.MainGroup, fn)
 }
 
 // stillRunning refuses to go on with an operation that somebody else has ended, having taken this process for dead.
-func (p *Provisioner) stillRunning(ctx context.Context, op *registry.Operation) error {
-	return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+func (p *Provisioner) stillRunning(ctx context.Context, there *postgres.OwnerTx, c change, op *registry.Operation) error {
+	return p.inRegistry(ctx, there, c.tenant.Group, func(tx *postgres.OwnerTx) error {
 		now, err := registry.OperationByID(ctx, tx, op.ID)
 		if err == nil && now.State != registry.Running {
-			return fault.New(fault.Conflict, "the operation has ended already").WithCode("operation_over")
+			return fault.New(fault.Conflict, "the operation was taken back: its process had given no sign of life").WithCode(codeOver).
+				WithHint("run the same command again")
 		}
 		return err
 	})

@@ -60,7 +60,10 @@ func (p *Provisioner) restoring(t tenant.Tenant, r RestoreRequest, done *Restore
 		request: request{Slug: t.Slug.String(), KeepSeconds: int64(r.Keep.Seconds())},
 		known:   func(operation uuid.UUID) { done.Operation = operation },
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
-			if err := p.fillBeside(ctx, tx, t, r.Fill); err != nil {
+			if err := forgetUndo(ctx, tx, t.Number); err != nil {
+				return err
+			}
+			if _, err := p.fillBeside(ctx, tx, t, r.Fill); err != nil {
 				return err
 			}
 			if err := failpoint.Hit("restore.filled"); err != nil {
@@ -73,71 +76,119 @@ func (p *Provisioner) restoring(t tenant.Tenant, r RestoreRequest, done *Restore
 			if done.Kept, err = p.swapIn(ctx, tx, t, done.Operation, r.Keep); err != nil {
 				return err
 			}
-			details["operation"], details["kept_until"] = done.Operation, done.Kept
 			done.Pause = time.Since(at)
-			return nil
+			return p.forgotten(ctx, tx, t)
 		},
-		made: func(ctx context.Context, tx *postgres.OwnerTx) (is bool, err error) {
-			return is, tx.QueryRow(ctx, `select exists (select from public.replaced where operation = $1)`, done.Operation).Scan(&is)
+		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
+			err := tx.QueryRow(ctx, `select expires_at from public.replaced where operation = $1`, done.Operation).Scan(&done.Kept)
+			if errors.Is(err, pgx.ErrNoRows) {
+				return false, nil
+			}
+			return err == nil, err
 		},
-		finish: swapped(t),
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			details["operation"], details["kept_until"] = done.Operation, done.Kept
+			return swapped(ctx, q, t)
+		},
 	}
+}
+
+// Beside makes and fills tables beside a tenant's, at the newest version, as Restore does, and runs fn in the same transaction,
+// with an empty search path. Then they are gone again. What fn has changed of the tenant's own stays unless it fails; it takes the
+// tenant's gate for that. Meanwhile no other operation of the tenant begins. Faults: those of Restore.
+func (p *Provisioner) Beside(ctx context.Context, slug tenant.Slug, fill Filling, fn func(ctx context.Context, tx *postgres.OwnerTx, live, beside structure.Schema) error) error {
+	t, err := p.find(ctx, slug)
+	if err != nil {
+		return err
+	}
+	if t.State != tenant.Active && t.State != tenant.Suspended {
+		return wrongState(t, "compared with an archive", "oneo tenant undrop "+slug.String()+", or restore it under another name")
+	}
+	return p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error {
+		if err := tx.LockOperation(ctx, t.Number, p.o.GateWait); err != nil {
+			return err
+		}
+		beside, err := p.fillBeside(ctx, tx, t, fill)
+		if err != nil {
+			return err
+		}
+		if err := fn(ctx, tx, structure.Schema{Name: t.Schema.String(), Role: beside.Role}, beside); err != nil {
+			return err
+		}
+		return tx.Script(ctx, emptyPath+"drop schema "+postgres.Quote(beside.Name)+" cascade")
+	})
+}
+
+// forgotten is swapped in the transaction of the swap itself, where the registry is in the same database: whoever dies behind
+// it has left nobody with rows of before.
+func (p *Provisioner) forgotten(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant) error {
+	if !p.o.DB.SameDatabase(t.Group) {
+		return nil
+	}
+	return swapped(ctx, tx, t)
 }
 
 // swapped makes everybody forget what they know of the tenant's rows.
-func swapped(t tenant.Tenant) func(context.Context, postgres.Querier) error {
-	return func(ctx context.Context, q postgres.Querier) error {
-		const bump = `update public.tenants set epoch = epoch + 1, cache_generation = cache_generation + 1, updated_at = now() where number = $1`
-		_, err := q.Exec(ctx, bump, t.Number)
-		return err
-	}
+func swapped(ctx context.Context, q postgres.Querier, t tenant.Tenant) error {
+	const bump = `update public.tenants set epoch = epoch + 1, cache_generation = cache_generation + 1, updated_at = now() where number = $1`
+	_, err := q.Exec(ctx, bump, t.Number)
+	return err
 }
 
 // fillBeside makes and fills tables for the tenant in a schema that nobody sees yet, at the newest version.
-func (p *Provisioner) fillBeside(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, fill Filling) error {
+func (p *Provisioner) fillBeside(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, fill Filling) (into structure.Schema, err error) {
 	if err := p.o.Migrate.CheckTenantFiles(ctx, tx); err != nil {
-		return err
+		return into, err
 	}
 	at, there, err := standing(ctx, tx, t.Number)
 	if err != nil {
-		return err
+		return into, err
 	}
 	if !there || at != t.Schema.String() {
-		return fault.New(fault.Conflict, "the tenant's schema is gone, or was made again behind oneo's back").WithCode(codeSchemaMissing).
+		return into, fault.New(fault.Conflict, "the tenant's schema is gone, or was made again behind oneo's back").WithCode(codeSchemaMissing).
 			WithHint("drop the tenant, then import the archive")
 	}
+	// Whoever runs a statement of `oneo sql` in the tenant refers to the row meanwhile, and does not wait.
 	var role string
-	if err := tx.QueryRow(ctx, `select role from public.placements where number = $1 for update`, t.Number).Scan(&role); err != nil {
-		return err
+	if err := tx.QueryRow(ctx, `select role from public.placements where number = $1 for no key update`, t.Number).Scan(&role); err != nil {
+		return into, err
 	}
 	before, err := migrate.Transaction(ctx, tx)
 	if err != nil {
-		return err
+		return into, err
 	}
 	schema, head := tenant.RestoreSchema(t.Number), p.o.Migrate.Head(migrate.TenantSet)
-	into := structure.Schema{Name: schema.String(), Role: role}
+	into = structure.Schema{Name: schema.String(), Role: role}
 	if err := p.o.Migrate.Create(ctx, tx, schema, fill.Version, structure.Empty(into), ""); err != nil {
-		return err
+		return into, err
 	}
 	if err := fill.Rows(ctx, tx, into); err != nil {
-		return err
+		return into, err
 	}
 	if err := p.o.Migrate.Advance(ctx, tx, schema, fill.Version, head); err != nil {
-		return err
+		return into, err
 	}
 	// While the path is bound, or every name of the schema's own would be taken for a text.
 	// Rows of the archive cannot know this name; those that a later migration has written may.
 	if err := nameless(ctx, tx, schema.String(), fill.Version < head); err != nil {
-		return err
+		return into, err
 	}
 	if err := tx.Script(ctx, emptyPath); err != nil {
-		return err
+		return into, err
 	}
 	after, err := migrate.Transaction(ctx, tx)
 	if err != nil {
-		return err
+		return into, err
 	}
-	return migrate.SameTransaction(before, after)
+	return into, migrate.SameTransaction(before, after)
+}
+
+// forgetUndo lets the undo points of runs expire: they are about tables that will be away, and nothing may put their rows into
+// others. Before anything that takes long, and not under the gate: whoever is destroying one at this moment is waited for.
+func forgetUndo(ctx context.Context, tx *postgres.OwnerTx, number int32) error {
+	const forget = `update public.undo_points set expires_at = pg_catalog.now() where tenant = $1 and expires_at > pg_catalog.now()`
+	_, err := tx.Exec(ctx, forget, number)
+	return err
 }
 
 // lockGate takes the tenant's gate for the rest of the transaction, whose work is not lost while requests are still at
@@ -166,11 +217,11 @@ func (p *Provisioner) lockGate(ctx context.Context, tx *postgres.OwnerTx, number
 	}
 }
 
-// keeps is what public.replaced remembers of a tenant that is taken out of use.
-const keeps = `insert into public.replaced (operation, tenant, schema, namespace, version, reader, ledger, progress, expires_at)
+// keeps is what public.replaced remembers of a tenant that is taken out of use. Its transaction may be hours old.
+const keeps = `insert into public.replaced (operation, tenant, schema, namespace, version, reader, ledger, progress, made_at, expires_at)
 select $2, number, $3, namespace, version, reader,
 	(select coalesce(pg_catalog.jsonb_agg(l), '[]') from public.ledger l where l.set = 'tenant' and l.tenant = $1),
-	(select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = $1), pg_catalog.now() + $4::interval
+	(select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = $1), pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + $4::interval
 from public.placements where number = $1 returning expires_at`
 
 // swapIn renames what is there away and what was filled to its place. The caller holds the gate.
@@ -183,11 +234,6 @@ func (p *Provisioner) swapIn(ctx context.Context, tx *postgres.OwnerTx, t tenant
 		return until, err
 	}
 	if err := mayUse(ctx, tx, t, "revoke", away); err != nil {
-		return until, err
-	}
-	// Undo points of runs are about the tables that are away: nothing may put their rows into these.
-	const forget = `update public.undo_points set expires_at = pg_catalog.now() where tenant = $1 and expires_at > pg_catalog.now()`
-	if _, err := tx.Exec(ctx, forget, t.Number); err != nil {
 		return until, err
 	}
 	const clean = `with a as (delete from public.ledger where set = 'tenant' and tenant = $1)
@@ -245,31 +291,45 @@ func (p *Provisioner) Return(ctx context.Context, slug tenant.Slug, restore uuid
 	return done, err
 }
 
+// CheckReturn returns what Return would refuse now, and until when what it would take out of use is kept. It changes nothing.
+func (p *Provisioner) CheckReturn(ctx context.Context, t tenant.Tenant, restore uuid.UUID) (until time.Time, err error) {
+	if t.State != tenant.Active && t.State != tenant.Suspended {
+		return until, wrongState(t, "returned to what it was", "oneo tenant undrop "+t.Slug.String())
+	}
+	return until, p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error { return returnable(ctx, tx, t, restore, &until) })
+}
+
 func (p *Provisioner) returning(t tenant.Tenant, restore uuid.UUID, actor string, done *Restored) change {
+	var by *uuid.UUID // nil: all is one transaction
 	return change{
 		kind: KindReturn, point: "return", tenant: t, actor: actor, request: request{Slug: t.Slug.String(), Restore: &restore},
 		details: map[string]any{"restore": restore},
+		known:   func(operation uuid.UUID) { by = &operation },
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
-			if err := p.returnable(ctx, tx, t, restore, &done.Kept); err != nil {
+			if err := returnable(ctx, tx, t, restore, &done.Kept); err != nil {
+				return err
+			}
+			if err := forgetUndo(ctx, tx, t.Number); err != nil {
 				return err
 			}
 			at, err := p.lockGate(ctx, tx, t.Number)
 			if err != nil {
 				return err
 			}
-			err = swapBack(ctx, tx, t, restore)
+			err = swapBack(ctx, tx, t, restore, by)
 			done.Pause = time.Since(at)
 			return err
 		},
+		// By this operation: that another one has undone the restore does not make it a success.
 		made: func(ctx context.Context, tx *postgres.OwnerTx) (is bool, err error) {
-			return is, tx.QueryRow(ctx, `select exists (select from public.replaced where operation = $1 and undone_at is not null)`, restore).Scan(&is)
+			return is, tx.QueryRow(ctx, `select exists (select from public.replaced where operation = $1 and undone_by = $2)`, restore, by).Scan(&is)
 		},
-		finish: swapped(t),
+		finish: func(ctx context.Context, q postgres.Querier) error { return swapped(ctx, q, t) },
 	}
 }
 
 // returnable refuses to undo a restore that cannot be, or not any more.
-func (p *Provisioner) returnable(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restore uuid.UUID, until *time.Time) error {
+func returnable(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restore uuid.UUID, until *time.Time) error {
 	var undone, latest, there, expired bool
 	const ask = `select r.undone_at is not null, not exists (select from public.replaced l where l.tenant = r.tenant and l.made_at > r.made_at and l.undone_at is null),
 	exists (select from pg_catalog.pg_namespace n where n.oid = r.namespace and n.nspname = r.schema), r.expires_at <= pg_catalog.now(), r.expires_at
@@ -296,7 +356,7 @@ from public.replaced r where r.operation = $1 and r.tenant = $2 for update`
 }
 
 // swapBack exchanges the tenant's tables for those of a restore's row, which remembers the former in turn. The caller holds the gate.
-func swapBack(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restore uuid.UUID) error {
+func swapBack(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restore uuid.UUID, by *uuid.UUID) error {
 	var kept struct {
 		Schema    string
 		Namespace uint32
@@ -309,11 +369,11 @@ func swapBack(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restor
 	if err := tx.QueryRow(ctx, read, restore).Scan(&kept.Schema, &kept.Namespace, &kept.Version, &kept.Reader, &kept.Ledger, &kept.Progress); err != nil {
 		return err
 	}
-	const remember = `update public.replaced r set namespace = p.namespace, version = p.version, reader = p.reader, undone_at = pg_catalog.now(),
+	const remember = `update public.replaced r set namespace = p.namespace, version = p.version, reader = p.reader, undone_at = pg_catalog.clock_timestamp(), undone_by = $2,
 	ledger = (select coalesce(pg_catalog.jsonb_agg(l), '[]') from public.ledger l where l.set = 'tenant' and l.tenant = p.number),
 	progress = (select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = p.number)
 from public.placements p where r.operation = $1 and p.number = r.tenant`
-	if _, err := tx.Exec(ctx, remember, restore); err != nil {
+	if _, err := tx.Exec(ctx, remember, restore, by); err != nil {
 		return err
 	}
 	between := tenant.RestoreSchema(t.Number).String()
@@ -324,10 +384,6 @@ from public.placements p where r.operation = $1 and p.number = r.tenant`
 		return err
 	}
 	if err := mayUse(ctx, tx, t, "grant", t.Schema.String()); err != nil {
-		return err
-	}
-	const forget = `update public.undo_points set expires_at = pg_catalog.now() where tenant = $1 and expires_at > pg_catalog.now()`
-	if _, err := tx.Exec(ctx, forget, t.Number); err != nil {
 		return err
 	}
 	const clean = `with a as (delete from public.ledger where set = 'tenant' and tenant = $1)

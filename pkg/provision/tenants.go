@@ -458,10 +458,12 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 }
 
 // errFillLost ends a creation or a restore whose rows only another process had.
-var errFillLost = fault.New(fault.Conflict, "the import or restore was interrupted, and has been undone").WithCode("import_interrupted").
-	WithHint("run the same command again")
+var errFillLost = errors.New("its rows were another process's")
 
-func fillLost(context.Context, *postgres.OwnerTx, structure.Schema) error { return errFillLost }
+func fillLost(context.Context, *postgres.OwnerTx, structure.Schema) error {
+	return fault.Wrap(errFillLost, fault.Conflict, "the import or restore was interrupted, and has been undone").WithCode("import_interrupted").
+		WithHint("run the same command again")
+}
 
 // plot says where a schema is built, and as what.
 type plot struct {

@@ -84,9 +84,8 @@ func (x *Transfers) Restore(ctx context.Context, t tenant.Tenant, r io.Reader, k
 		return done, trailer, err
 	}
 	defer a.Close()
-	if h := a.Header(); h.Tenant != t.ID && !foreign {
-		return done, trailer, fault.New(fault.Conflict, "the archive is that of another tenant: %s, %s", h.Slug, h.Tenant).WithCode("other_tenant").
-			WithTenant(t.Slug.String()).WithHint("make a tenant of it: oneo tenant import FILE --as NAME; --force restores it here all the same")
+	if err := ownArchive(a.Header(), t, foreign); err != nil {
+		return done, trailer, err
 	}
 	fill, err := x.filling(ctx, a, t.Group, o, &trailer)
 	if err != nil {

@@ -13,7 +13,9 @@ create table public.replaced (
     progress   jsonb not null,
     made_at    timestamptz not null default now(),
     expires_at timestamptz not null,
-    undone_at  timestamptz
+    undone_at  timestamptz,
+    -- The operation that undid it, where that is one.
+    undone_by  uuid
 );
 create index replaced_tenant on public.replaced (tenant, made_at);
 create index replaced_expiry on public.replaced (expires_at);
