@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/pkg/transfer"
@@ -14,7 +16,7 @@ import (
 type cloneOptions struct {
 	from, to      string
 	schema, group string
-	noData        bool
+	noData, mask  bool
 	progress      string
 }
 
@@ -27,8 +29,11 @@ working. What NAME has beyond its migrations comes along; its domains, sessions 
 by nobody before it is whole and neutralised: of the embedded migrations by deleting the API keys, in schemas.dir
 by the file neutralize.sql. Its settings say whose clone it is.
 
-With --no-data it has the structure only, and the rows that migrations insert.`,
-		Example: "  oneo tenant clone acme acme-test\n  oneo tenant clone acme acme-empty --no-data",
+With --no-data it has the structure only, and the rows that migrations insert. With --mask what is about people
+is replaced by made-up values while the rows pass: addresses of mail, telephone numbers, names and postal addresses
+of users and records, and what a migration's comments mark. Which columns these are, and which texts were left as
+they are, is told. A masked user's password opens nothing.`,
+		Example: "  oneo tenant clone acme acme-test\n  oneo tenant clone acme acme-empty --no-data\n  oneo tenant clone acme acme-demo --mask",
 		Args:    usageArgs(cobra.ExactArgs(2)), ValidArgsFunction: e.completeFirstTenant,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.from, o.to = args[0], args[1]
@@ -39,12 +44,16 @@ With --no-data it has the structure only, and the rows that migrations insert.`,
 	f.StringVar(&o.schema, "schema", "", "`NAME` of the schema; default: made from NEW")
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: that of NAME")
 	f.BoolVar(&o.noData, "no-data", false, "the structure only")
+	f.BoolVar(&o.mask, "mask", false, "replace what is about people by made-up values")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")
 	return cmd
 }
 
 func tenantClone(ctx context.Context, e *env, o cloneOptions) error {
-	as := transfer.CloneOptions{Group: o.group, Empty: o.noData, Actor: e.actor()}
+	as := transfer.CloneOptions{Group: o.group, Empty: o.noData, Mask: o.mask, Actor: e.actor()}
+	if o.mask && o.noData {
+		return errUsage{fault.New(fault.Invalid, "--mask and --no-data exclude each other: without data there is nothing to mask")}
+	}
 	var err error
 	if as.Slug, err = tenant.ParseSlug(o.to); err != nil {
 		return err
@@ -78,6 +87,12 @@ func tenantClone(ctx context.Context, e *env, o cloneOptions) error {
 	e.say("cloned tenant %s to %s: %s row(s) in %d table(s)", t.Slug, done.Tenant.Slug, grouped(done.Trailer.Rows()), len(done.Trailer.Tables))
 	if !done.Neutralized {
 		e.say("nothing in it was neutralised: the folder of migrations has no file %s", migrate.NeutralizeFile)
+	}
+	if o.mask {
+		e.say("masked: %s", strings.Join(done.Masking.Masked, ", "))
+		if len(done.Masking.Left) > 0 {
+			e.say("left as they are: %s", strings.Join(done.Masking.Left, ", "))
+		}
 	}
 	return showTenant(ctx, e, a, done.Tenant, "")
 }

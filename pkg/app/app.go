@@ -125,8 +125,9 @@ func (a *App) open() (err error) {
 		return err
 	}
 	to := transfer.Options{DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Provision: a.Provision, BaseDomain: a.Base, Version: a.Version, Logger: a.Log}
+	to.Secret = c.Server.Secret
 	if c.Schemas.Dir == "" { // in a folder of the operator's own a table of that name may be anything
-		to.Volatile = []string{auth.SessionsTable}
+		to.Volatile, to.Personal = []string{auth.SessionsTable}, personal
 	}
 	if a.Transfers, err = transfer.New(to); err != nil {
 		return err

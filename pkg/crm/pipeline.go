@@ -47,10 +47,11 @@ const (
 	MaxTextBytes    = 64 << 10
 )
 
-// Options says more about a field of type Select or Relation.
+// Options says more about a field of type Select, Relation or Text.
 type Options struct {
 	Choices  []string `json:"choices,omitempty"`  // of a Select: at least one, each once
 	Pipeline string   `json:"pipeline,omitempty"` // of a Relation: the key of the pipeline that it points at
+	Personal string   `json:"personal,omitempty"` // of a Text: what it holds of a person (Field.Personal)
 }
 
 // Field is one column of a pipeline.
@@ -152,6 +153,12 @@ func (u *unfit) options(at string, t Type, o Options) {
 		u.add(at+"/pipeline", "pipeline", "a relation needs the key of the pipeline that it points at")
 	case t != Relation && o.Pipeline != "":
 		u.add(at+"/pipeline", "pipeline", "only a relation names a pipeline")
+	}
+	switch {
+	case t != Text && o.Personal != "":
+		u.add(at+"/personal", "personal", "only a text says what it holds of a person")
+	case o.Personal != "" && !slices.Contains(personal, o.Personal):
+		u.add(at+"/personal", "personal", "what a text holds of a person is one of %s", strings.Join(personal, ", "))
 	}
 	seen, size := map[string]bool{}, 0
 	for i, c := range o.Choices {

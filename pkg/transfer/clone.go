@@ -21,6 +21,9 @@ type CloneOptions struct {
 	Group  string        // empty: the original's
 	// Empty takes the structure only, with the rows that migrations insert.
 	Empty bool
+	// Mask puts made-up values in the place of what is about people, while the rows pass: of them nothing is ever
+	// written into the clone.
+	Mask  bool
 	Actor string
 	// Progress is told how far the load is, now and then; may be nil.
 	Progress func(Progress)
@@ -32,6 +35,8 @@ type Cloned struct {
 	Trailer archive.Trailer
 	// Neutralized: the tenant migrations have a file that says what a clone must not take along, and it was run.
 	Neutralized bool
+	// Masking is what was masked, and what was not.
+	Masking Masking
 }
 
 // CloneMark is the member of a tenant's settings that says of whom it is a clone.
@@ -51,10 +56,18 @@ func (x *Transfers) Clone(ctx context.Context, t tenant.Tenant, o CloneOptions) 
 	if o.Group == "" {
 		o.Group = t.Group
 	}
+	export := ExportOptions{Empty: o.Empty}
+	if o.Mask {
+		if x.o.Secret == "" {
+			return done, fault.New(fault.Invalid, "what is masked depends on server.secret, which is not set").WithCode("setting").
+				WithHint("set ONEO_SERVER_SECRET as the servers have it")
+		}
+		export.masks = &Masking{}
+	}
 	r, w := io.Pipe()
 	exported := make(chan error, 1)
 	go func() {
-		_, err := x.Export(ctx, t, w, ExportOptions{Empty: o.Empty})
+		_, err := x.Export(ctx, t, w, export)
 		_ = w.CloseWithError(err) // never fails
 		exported <- err
 	}()
@@ -68,6 +81,9 @@ func (x *Transfers) Clone(ctx context.Context, t tenant.Tenant, o CloneOptions) 
 	if eerr := <-exported; err != nil && eerr != nil && !errors.Is(eerr, failed) {
 		return done, eerr
 	}
+	if err == nil && o.Mask {
+		done.Masking = *export.masks
+	}
 	return done, err
 }
 
@@ -77,7 +93,12 @@ func (x *Transfers) asClone(req *provision.CreateRequest, t tenant.Tenant, o Clo
 	if err := json.Unmarshal(req.Settings, &settings); err != nil {
 		return err
 	}
-	mark, err := json.Marshal(map[string]any{"of": t.Slug.String(), "id": t.ID, "at": time.Now().UTC().Truncate(time.Second)})
+	clone := map[string]any{"of": t.Slug.String(), "id": t.ID, "at": time.Now().UTC().Truncate(time.Second)}
+	if o.Mask {
+		clone["masked"] = true
+		req.Name = "" // that of a firm, or of a person
+	}
+	mark, err := json.Marshal(clone)
 	if err != nil {
 		return err
 	}
@@ -85,7 +106,7 @@ func (x *Transfers) asClone(req *provision.CreateRequest, t tenant.Tenant, o Clo
 	if req.Settings, err = json.Marshal(settings); err != nil {
 		return err
 	}
-	req.Origin = &provision.Origin{Slug: t.Slug.String(), ID: t.ID, Number: t.Number, Empty: o.Empty}
+	req.Origin = &provision.Origin{Slug: t.Slug.String(), ID: t.ID, Number: t.Number, Masked: o.Mask, Empty: o.Empty}
 	req.Fill.After = func(ctx context.Context, tx *postgres.OwnerTx, schema tenant.Schema) error {
 		return x.o.Migrate.Neutralize(ctx, tx, schema)
 	}

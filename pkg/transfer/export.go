@@ -14,6 +14,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/mask"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -31,6 +32,9 @@ type ExportOptions struct {
 	Empty bool
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
+
+	// masks is told what was masked; nil: nothing is to be.
+	masks *Masking
 }
 
 // Progress is how far an export or a load has come.
@@ -131,6 +135,14 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 			return err
 		}
 		from.tables = slices.DeleteFunc(tables, func(t table) bool { return slices.Contains(x.o.Volatile, t.name) })
+		var masks map[string]*masked
+		var masker *mask.Masker
+		if o.masks != nil {
+			if masks, *o.masks, err = x.masking(ctx, ses, at); err != nil {
+				return err
+			}
+			masker = mask.New(x.o.Secret)
+		}
 		defer out.leave()
 		if err := out.begin(ctx, from); err != nil {
 			return err
@@ -151,7 +163,14 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 			if err != nil {
 				return err
 			}
-			n, err := ses.CopyTo(ctx, told.through(rows, table.name), read+" to stdout")
+			through := noClose(rows)
+			if m := masks[table.name]; m != nil {
+				through = m.through(rows, masker, table)
+			}
+			n, err := ses.CopyTo(ctx, told.through(through, table.name), read+" to stdout")
+			if err == nil {
+				err = through.Close()
+			}
 			if err != nil {
 				return fmt.Errorf("read table %s: %w", table.name, err)
 			}
@@ -328,6 +347,14 @@ func (m *meter) through(w io.Writer, table string) io.Writer {
 		m.count(len(p))
 		return w.Write(p)
 	})
+}
+
+// noClose is w with a Close that does nothing.
+func noClose(w io.Writer) io.WriteCloser {
+	return struct {
+		io.Writer
+		io.Closer
+	}{w, io.NopCloser(nil)}
 }
 
 type writerFunc func(p []byte) (int, error)

@@ -6,6 +6,7 @@
 package transfer
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"time"
@@ -28,6 +29,11 @@ type Options struct {
 	Version    string // of this program, for the headers of archives
 	// Volatile are tables whose rows are never archived: sessions, that would log somebody in.
 	Volatile []string
+	// Personal says what the tables hold of people, for masking; it is called with a search path of the tenant's. nil: only the
+	// comments of columns do.
+	Personal func(ctx context.Context, q postgres.Querier) (Personal, error)
+	// Secret is the installation's: what is masked depends on it. Empty: nothing can be masked.
+	Secret string
 	// LockWait is how long another operation on the tenant is waited for; 0 is 10 seconds.
 	LockWait time.Duration
 	Logger   *slog.Logger

@@ -153,7 +153,7 @@ func assemble(db *postgres.DB, base tenant.Host, up ...string) (p parts, err err
 		return p, err
 	}
 	p.Transfers, err = transfer.New(transfer.Options{
-		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Volatile: []string{"sessions"}, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Secret: pgtest.Secret, Volatile: []string{"sessions"}, Logger: log,
 	})
 	return p, err
 }
