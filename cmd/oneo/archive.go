@@ -258,7 +258,7 @@ func (o *importOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.schema, "schema", "", "`NAME` of the schema; default: made from the tenant's")
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: main")
 	o.keys.register(f)
-	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations")
+	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations, as far as it keeps to the tenant's schema")
 	f.BoolVar(&o.noDomains, "without-domains", false, "leave the archive's domains out")
 	f.Int64Var(&o.maxSize, "max-size", 1<<40, "refuse an archive that comes to more `BYTES` when it is unpacked")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")

@@ -167,6 +167,8 @@ type checker struct {
 	file   File
 	number int
 	found  *[]Finding
+	// place is the one schema that may be named besides those of everybody; empty: none.
+	place string
 	// remade are the views and functions that the file makes: dropping one of them is the way to change it.
 	remade map[string]bool
 	src    source

@@ -96,6 +96,7 @@ var cases = map[string][]lintCase{
 		{sql: "create table x (id int, t public.mood)", want: found("foreign-schema:1")},
 		{sql: "create table x (like public.tenants)", want: found("foreign-schema:1")},
 		{sql: "select public.f(1)", want: found("foreign-schema:1")},
+		{sql: "call public.f(1)", want: found("foreign-schema:1")},
 		{sql: "select information_schema.tables.table_name from users", want: found("foreign-schema:1")},
 		{sql: "select public.users.* from users", want: found("foreign-schema:1")},
 		{sql: "drop table public.users", breaking: true, want: found("drop-data:1", "foreign-schema:1")},

@@ -26,7 +26,7 @@ func (c *checker) walkNames(v any, stars bool) {
 		case "TypeName":
 			c.qualifiedWords(words(list(n, "names")), c.line(n))
 		case "Constraint":
-			if schema := str(sub(n, "pktable"), "schemaname"); schema != "" {
+			if schema := str(sub(n, "pktable"), "schemaname"); schema != "" && schema != c.place {
 				crossed[schema+"."+relation(n, "pktable")] = true
 				c.add(ruleCrossKey, c.line(n), "a foreign key to %s.%s, which is another schema's", schema, relation(n, "pktable"))
 			}
@@ -87,12 +87,12 @@ func (c *checker) columnRef(n node, stars bool) {
 }
 
 // own are the schemas that a statement may name.
-func own(schema string) bool {
-	return schema == "ext" || schema == "pg_catalog" || schema == "pg_temp"
+func (c *checker) own(schema string) bool {
+	return schema == "ext" || schema == "pg_catalog" || schema == "pg_temp" || schema == c.place && c.place != ""
 }
 
 func (c *checker) qualified(schema, name string, line int) {
-	if !own(schema) {
+	if !c.own(schema) {
 		c.add(ruleForeign, line, "%s.%s names a schema: the statement leaves the tenant", schema, name)
 	}
 }
@@ -215,7 +215,7 @@ func (c *checker) pinned(n node, field string) {
 			kind := str(v, "kind")
 			pins = kind == "VAR_SET_VALUE" || kind == "VAR_SET_CURRENT"
 			for _, a := range list(v, "args") {
-				if schema, ok := constant(a); ok && schema != "" && !own(schema) && c.scope == Tenant {
+				if schema, ok := constant(a); ok && schema != "" && !c.own(schema) && c.scope == Tenant {
 					c.add(ruleSearchPath, c.line(d), "the function's search path names %s", schema)
 				}
 			}

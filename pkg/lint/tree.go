@@ -323,6 +323,8 @@ func plainKind(n node) string {
 		return "RangeVar"
 	case n["names"] != nil:
 		return "TypeName"
+	case n["funcformat"] != nil:
+		return "FuncCall"
 	}
 	return ""
 }
@@ -481,12 +483,11 @@ func (b *plBody) expression(query string, mode, line int) {
 	case mode == 2:
 		b.queries = append(b.queries, plQuery{text: "select " + query, line: line})
 	default:
-		_, value, found := strings.Cut(query, ":=")
+		target, value, found := strings.Cut(query, ":=")
 		if !found {
-			_, value, found = strings.Cut(query, "=")
+			target, value, _ = strings.Cut(query, "=")
 		}
-		if found {
-			b.queries = append(b.queries, plQuery{text: "select " + value, line: line})
-		}
+		// The target has expressions of its own, as subscripts.
+		b.queries = append(b.queries, plQuery{text: "select " + target, line: line}, plQuery{text: "select " + value, line: line})
 	}
 }

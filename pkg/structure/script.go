@@ -89,49 +89,68 @@ func bare(s Structure) Structure {
 
 // make runs the statements and puts them in the order in which they could be run.
 func (s *Script) make(ctx context.Context, tx *postgres.OwnerTx, at Schema) error {
-	before, stuck, err := inOrder(ctx, tx, at, s.Before)
+	before, stuck, why, err := inOrder(ctx, tx, s.Before, tried(at))
 	if err != nil {
 		return err
 	}
 	for _, step := range stuck {
 		// A function may need a view, which rows do not.
 		if !strings.HasPrefix(step.SQL, "CREATE OR REPLACE ") {
-			return byHand(step.String())
+			return byHand(step.String() + ": " + why.Error())
 		}
 	}
-	after, stuck, err := inOrder(ctx, tx, at, append(stuck, s.After...))
+	after, stuck, why, err := inOrder(ctx, tx, append(stuck, s.After...), tried(at))
 	if err != nil {
 		return err
 	}
 	if len(stuck) > 0 {
-		return byHand(stuck[0].String())
+		return byHand(stuck[0].String() + ": " + why.Error())
 	}
 	s.Before, s.After = before, after
 	return nil
 }
 
+// tried is a step as it is tried where there are no rows.
+func tried(at Schema) func(Step) string {
+	return func(step Step) string {
+		sql := strings.TrimRight(step.On(at, ""), " \n;")
+		if strings.HasPrefix(sql, "create materialized view ") { // there is nothing to see yet
+			sql += "\nwith no data"
+		}
+		return sql
+	}
+}
+
+// Run runs the steps for a schema, to which the transaction is bound, by its owner. A step that fails waits for what the others make. When
+// no order works it returns the first step that cannot be run, and why; the transaction goes on.
+func Run(ctx context.Context, tx *postgres.OwnerTx, at Schema, owner string, steps []Step) (Step, error) {
+	_, stuck, why, err := inOrder(ctx, tx, steps, func(s Step) string { return strings.TrimRight(s.On(at, owner), " \n;") })
+	if err == nil && len(stuck) > 0 {
+		return stuck[0], why
+	}
+	return Step{}, err
+}
+
 // inOrder runs statements: one that fails waits for what the others make, because a view or a function that was
-// replaced may need what is younger than itself. stuck are those that never ran.
-func inOrder(ctx context.Context, tx *postgres.OwnerTx, at Schema, steps []Step) (ran, stuck []Step, err error) {
+// replaced may need what is younger than itself. stuck are those that never ran, and why is what the first of them failed by.
+func inOrder(ctx context.Context, tx *postgres.OwnerTx, steps []Step, sql func(Step) string) (ran, stuck []Step, why, err error) {
 	for len(steps) > 0 {
-		stuck = nil
+		stuck, why = nil, nil
 		for _, step := range steps {
-			sql := strings.TrimRight(step.On(at, ""), " \n;")
-			if strings.HasPrefix(sql, "create materialized view ") { // there is nothing to see yet
-				sql += "\nwith no data"
-			}
-			err := tx.Script(ctx, "savepoint step;\n"+sql+";\nrelease step")
+			err := tx.Script(ctx, "savepoint step;\n"+sql(step)+";\nrelease step")
 			var refused *pgconn.PgError
 			switch {
 			case err == nil:
 				ran = append(ran, step)
 			case errors.As(err, &refused) && ctx.Err() == nil:
-				stuck = append(stuck, step)
+				if stuck = append(stuck, step); why == nil {
+					why = err
+				}
 				if err := tx.Script(ctx, "rollback to step; release step"); err != nil {
-					return nil, nil, fmt.Errorf("try %s: %w", step, err)
+					return nil, nil, nil, fmt.Errorf("try %s: %w", step, err)
 				}
 			default:
-				return nil, nil, err
+				return nil, nil, nil, err
 			}
 		}
 		if len(stuck) == len(steps) {
@@ -139,5 +158,5 @@ func inOrder(ctx context.Context, tx *postgres.OwnerTx, at Schema, steps []Step)
 		}
 		steps = stuck
 	}
-	return ran, stuck, nil
+	return ran, stuck, why, nil
 }

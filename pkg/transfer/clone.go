@@ -73,7 +73,7 @@ func (x *Transfers) Clone(ctx context.Context, t tenant.Tenant, o CloneOptions) 
 	}()
 	done.Neutralized = x.o.Migrate.Neutralizes()
 	done.Tenant, done.Trailer, err = x.make(ctx, r, ImportOptions{
-		Loading: Loading{CustomDDL: true, Actor: o.Actor, Progress: o.Progress}, Slug: o.Slug, Schema: o.Schema, Group: o.Group, WithoutDomains: true,
+		Loading: Loading{CustomDDL: true, ours: true, Actor: o.Actor, Progress: o.Progress}, Slug: o.Slug, Schema: o.Schema, Group: o.Group, WithoutDomains: true,
 	}, func(req *provision.CreateRequest) error { return x.asClone(req, t, o) })
 	// Whoever has failed first makes the other one fail: what is told is the cause.
 	failed := errors.New("the clone was not made")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/lint"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/structure"
@@ -21,8 +22,10 @@ type Loading struct {
 	// Identities open an encrypted archive, MaxBytes bounds what it may come to; 0: no bound.
 	Identities []archive.Identity
 	MaxBytes   int64
-	// CustomDDL runs the statements of the archive that are no migrations.
+	// CustomDDL runs the statements of the archive that are no migrations, as far as they keep to the tenant's schema.
 	CustomDDL bool
+	// ours: the archive comes from one of our own databases and no file, so that its statements are not looked at.
+	ours bool
 	Actor     string
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
@@ -103,6 +106,11 @@ func (x *Transfers) filling(ctx context.Context, a *archive.Reader, group string
 	if err := allowed(a.Structure(), o.CustomDDL); err != nil {
 		return provision.Filling{}, err
 	}
+	if !o.ours {
+		if err := confined(a.Structure(), nowhere, nobody); err != nil {
+			return provision.Filling{}, err
+		}
+	}
 	begun := false
 	return provision.Filling{Version: a.Header().Version(), Rows: func(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) (err error) {
 		if begun { // what was read is gone
@@ -110,7 +118,7 @@ func (x *Transfers) filling(ctx context.Context, a *archive.Reader, group string
 				WithHint("run the same command again")
 		}
 		begun = true
-		if *trailer, err = x.load(ctx, tx, a, at, &meter{tell: o.Progress}); err != nil && ctx.Err() == nil {
+		if *trailer, err = x.load(ctx, tx, a, at, o); err != nil && ctx.Err() == nil {
 			// A changed byte shows first as a value that PostgreSQL does not take, or as a table that nobody knows.
 			if derr := readOver(a); fault.Is(derr, fault.Unverified) {
 				return derr
@@ -178,8 +186,27 @@ func allowed(s archive.Structure, custom bool) error {
 		WithHint("look at it, then add --with-custom-ddl")
 }
 
+// nowhere and nobody stand for the schema and the owner before they are known. No statement knows them.
+var (
+	nowhere = structure.Schema{Name: "oneo schema to come", Role: "oneo role to come"}
+	nobody  = "oneo owner to come"
+)
+
+// confined refuses statements of an archive that would do more than make the schema's own objects.
+func confined(s archive.Structure, at structure.Schema, owner string) error {
+	within := lint.Confinement{Schema: at.Name, Roles: []string{at.Role, owner}}
+	for _, c := range s.Custom {
+		step := structure.Step{SQL: c.SQL}
+		if err := within.Check(step.On(at, owner)); err != nil {
+			return fault.New(fault.Conflict, "the archive's own statement for %q is not confined to the tenant: %v\n  %s", c.Object, err, step).WithCode("custom_ddl_refused").
+				WithHint("nothing was changed; look at where the archive comes from")
+		}
+	}
+	return nil
+}
+
 // custom runs the archive's own statements, bound to the schema.
-func custom(ctx context.Context, tx *postgres.OwnerTx, s archive.Structure, at structure.Schema) error {
+func custom(ctx context.Context, tx *postgres.OwnerTx, s archive.Structure, at structure.Schema, ours bool) error {
 	if len(s.Custom) == 0 {
 		return nil
 	}
@@ -187,12 +214,48 @@ func custom(ctx context.Context, tx *postgres.OwnerTx, s archive.Structure, at s
 	if err := tx.QueryRow(ctx, `select current_user::text`).Scan(&owner); err != nil {
 		return err
 	}
-	for _, c := range s.Custom {
-		if err := tx.Script(ctx, structure.Step{SQL: c.SQL}.On(at, owner)); err != nil {
-			return fault.Wrap(err, fault.Conflict, "the archive's own statement for %s cannot be run here", c.Object).WithCode("custom_ddl")
+	if !ours {
+		// Once more, by the names that it is run with: what means one thing under one name may mean another under another.
+		if err := confined(s, at, owner); err != nil {
+			return err
 		}
 	}
-	return nil
+	// A name that is not in the schema may be found in ext, which all tenants share.
+	before, err := extended(ctx, tx, at)
+	if err != nil {
+		return err
+	}
+	steps := make([]structure.Step, len(s.Custom))
+	for i, c := range s.Custom {
+		steps[i] = structure.Step{What: c.Object, SQL: c.SQL}
+	}
+	// A function may use what comes behind it.
+	if err := tx.Script(ctx, "set local check_function_bodies to off"); err != nil {
+		return err
+	}
+	if step, err := structure.Run(ctx, tx, at, owner, steps); err != nil && step.SQL == "" {
+		return err
+	} else if err != nil {
+		return fault.Wrap(err, fault.Conflict, "the archive's own statement for %s cannot be run here", step.What).WithCode("custom_ddl")
+	}
+	if err := tx.Script(ctx, "set local check_function_bodies to on"); err != nil {
+		return err
+	}
+	after, err := extended(ctx, tx, at)
+	if err == nil && before != after {
+		err = fault.New(fault.Conflict, "the archive's own statements change what lies in the schema ext, which all tenants share").WithCode("custom_ddl_refused").
+			WithHint("nothing of the archive is left")
+	}
+	return err
+}
+
+// extended is a fingerprint of what all tenants share. It leaves the search path bound to the schema.
+func extended(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) (string, error) {
+	s, err := structure.Read(ctx, tx, structure.Schema{Name: "ext", Role: at.Role})
+	if err != nil {
+		return "", err
+	}
+	return s.Hash(), tx.Script(ctx, bound(at))
 }
 
 // sameStructure compares what has come of the migrations and the archive's statements with what was exported.

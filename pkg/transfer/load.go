@@ -62,15 +62,15 @@ func major(serverVersion int) int { return serverVersion / 10_000 }
 // load puts all of an archive into the tables that the migrations up to its version have made, in a transaction that nobody sees before it has
 // ended. Secondary indexes and foreign keys are made when the rows are in. It returns only when the archive was read to its end
 // and is whole.
-func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.Reader, at structure.Schema, told *meter) (archive.Trailer, error) {
-	path := "set local search_path to " + postgres.Quote(at.Name) + ", ext, pg_temp"
+func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.Reader, at structure.Schema, o Loading) (archive.Trailer, error) {
+	path, told := bound(at), &meter{tell: o.Progress}
 	if err := tx.Script(ctx, plain); err != nil {
 		return archive.Trailer{}, err
 	}
 	if err := tx.Script(ctx, path); err != nil {
 		return archive.Trailer{}, err
 	}
-	if err := custom(ctx, tx, a.Structure(), at); err != nil {
+	if err := custom(ctx, tx, a.Structure(), at, o.ours); err != nil {
 		return archive.Trailer{}, err
 	}
 	tables, err := tablesOf(ctx, tx, at.Name)
@@ -150,6 +150,11 @@ func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.R
 		return trailer, err
 	}
 	return trailer, nil
+}
+
+// bound is the statement that binds a transaction to a schema.
+func bound(at structure.Schema) string {
+	return "set local search_path to " + postgres.Quote(at.Name) + ", ext, pg_temp"
 }
 
 // suits refuses a table of an archive that the migrations do not make.
