@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
+	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/store"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -225,6 +226,7 @@ func (k keyFlags) identities() (all []archive.Identity, err error) {
 
 type importOptions struct {
 	file              string
+	backup            *backup.Manifest // instead of a file
 	as, schema, group string
 	keys              keyFlags
 	customDDL         bool
@@ -280,14 +282,12 @@ func tenantImport(ctx context.Context, e *env, o importOptions) error {
 			return err
 		}
 	}
-	if as.Identities, err = o.keys.identities(); err != nil {
-		return err
-	}
-	in, err := e.input(o.file)
+	in, identities, err := o.open(ctx, e)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
+	as.Identities = identities
 	a, err := e.open()
 	if err != nil {
 		return err
@@ -304,6 +304,26 @@ func tenantImport(ctx context.Context, e *env, o importOptions) error {
 	}
 	e.say("imported tenant %s: %s row(s) in %d table(s)", t.Slug, grouped(trailer.Rows()), len(trailer.Tables))
 	return showTenant(ctx, e, a, t, "")
+}
+
+// open opens what is to be read, with the keys for it: those of the flags, or the configuration's for a backup.
+func (o importOptions) open(ctx context.Context, e *env) (in io.ReadCloser, ids []archive.Identity, err error) {
+	if ids, err = o.keys.identities(); err != nil {
+		return nil, nil, err
+	}
+	if o.backup == nil {
+		in, err = e.input(o.file)
+		return in, ids, err
+	}
+	_, b, err := e.backups()
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(ids) == 0 {
+		ids = b.Identities()
+	}
+	in, err = b.Open(ctx, *o.backup)
+	return in, ids, err
 }
 
 // input opens a file that is named as an argument; - is standard input.

@@ -49,6 +49,7 @@ var runKinds = map[string]func(e *env, a *app.App, request json.RawMessage) (run
 	kindRehearse: migrateWork,
 	kindSQL:      sqlWork,
 	kindEach:     eachWork,
+	kindBackup:   backupWork,
 }
 
 // rivals are the other kinds of runs that move the tenants to another version, for one of those kinds. A rehearsal moves

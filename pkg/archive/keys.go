@@ -29,6 +29,9 @@ type Identity struct {
 	age age.Identity
 }
 
+// ID is the id of the recipient's key, which the archive shows without a key.
+func (r Recipient) ID() string { return r.id }
+
 // ParseRecipient reads an age recipient: age1....
 func ParseRecipient(s string) (Recipient, error) {
 	s = strings.TrimSpace(s)

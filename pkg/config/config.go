@@ -145,9 +145,20 @@ type Runs struct {
 	Keep time.Duration `mapstructure:"keep"`
 }
 
-// Backup says where archives lie and how long what restores have replaced does.
+// Backup says where backups lie, who can read them, and how long what restores have replaced is kept.
 type Backup struct {
-	UndoKeep time.Duration `mapstructure:"undo_keep"`
+	URL          string        `mapstructure:"url"`
+	Recipients   []string      `mapstructure:"recipients"`
+	IdentityFile string        `mapstructure:"identity_file"`
+	KeepMin      int           `mapstructure:"keep_min"`
+	Hooks        Hooks         `mapstructure:"hooks"`
+	UndoKeep     time.Duration `mapstructure:"undo_keep"`
+}
+
+// Hooks are programs, with their arguments, that are run around each backup.
+type Hooks struct {
+	Before []string `mapstructure:"before"`
+	After  []string `mapstructure:"after"`
 }
 
 // Log says what is logged and how.
@@ -179,7 +190,7 @@ func Default() Config {
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
-		Backup:  Backup{UndoKeep: 7 * 24 * time.Hour},
+		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}}, UndoKeep: 7 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -367,6 +378,10 @@ func (c Config) Validate() error {
 	positive("migrate.stale_after", c.Migrate.StaleAfter)
 	positive("migrate.undo_keep", c.Migrate.UndoKeep)
 	positive("backup.undo_keep", c.Backup.UndoKeep)
+	between("backup.keep_min", c.Backup.KeepMin, 1, 1000)
+	if scheme, _, has := strings.Cut(c.Backup.URL, "://"); has && scheme != "s3" {
+		bad("backup.url", "must be the path of a directory, or s3://bucket/prefix")
+	}
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {

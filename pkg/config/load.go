@@ -187,18 +187,21 @@ func readFile(v *viper.Viper, o LoadOptions, known []string, origins Origins) er
 		return fault.Wrap(err, fault.Invalid, "the configuration file %s cannot be read", path).WithCode("bad_config")
 	}
 	for _, key := range f.AllKeys() {
-		plain := strings.TrimSuffix(key, "_file")
+		plain := key
+		if name := strings.TrimSuffix(key, "_file"); secret(name) { // others may end so as well
+			plain = name
+		}
 		group := strings.HasPrefix(key, "database.groups.")
 		switch {
 		case slices.Contains(known, key), group && groupKey(plain):
-		case plain != key && secret(plain):
+		case plain != key:
 		case key == "database.groups" || key == "schemas" || key == "redis":
 			continue // an empty section
 		default:
 			return unknownKey("setting "+key+" in "+path+":", key, known)
 		}
 		value := f.Get(key)
-		if plain != key && secret(plain) {
+		if plain != key {
 			text, err := secretFile(fmt.Sprint(value), key)
 			if err != nil {
 				return err

@@ -37,6 +37,7 @@ var All = []string{
 	"point.made", "point.copied", "point.noted", "point.expired",
 	"undo.before", "undo.built", "undo.kept", "undo.filled", "undo.placed", "undo.after",
 	"export.begun", "export.table", "load.begun", "load.table", "load.checked",
+	"backup.begun", "backup.stored", "backup.recorded",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }

@@ -88,6 +88,16 @@ func ByNumber(ctx context.Context, q postgres.Querier, number int32) (tenant.Ten
 	return t, err
 }
 
+// ByID finds a tenant by its id for the outside, purged or not.
+func ByID(ctx context.Context, q postgres.Querier, id string) (tenant.Tenant, error) {
+	const byID = `select ` + tenantColumns + fromTenants + ` where t.id = $1::text::uuid`
+	t, err := scanTenant(q.QueryRow(ctx, byID, id))
+	if errors.Is(err, pgx.ErrNoRows) {
+		return t, fault.New(fault.NotFound, "there is no tenant with the id %s", id).WithCode("unknown_tenant")
+	}
+	return t, err
+}
+
 // ByNumbers finds tenants by their numbers, in the order of their slugs.
 func ByNumbers(ctx context.Context, q postgres.Querier, numbers []int32) ([]tenant.Tenant, error) {
 	const byNumbers = `select ` + tenantColumns + fromTenants + ` where t.number = any($1) order by t.slug`

@@ -104,6 +104,10 @@ func ReferenceSchema(random uint64) Schema {
 	return Schema{fmt.Sprintf("oneo_reference_%016x", random)}
 }
 
+// TrySchema is the name of a schema into which an archive is restored only to see whether it can be, told from others by
+// a random number.
+func TrySchema(random uint64) Schema { return Schema{fmt.Sprintf("oneo_try_%016x", random)} }
+
 // RestoreSchema is the name of the schema that a restore loads the tenant of a number into, and ReplacedSchema of the one
 // that holds what the restore has taken out of use. operation tells restores apart: 8 hex digits.
 func RestoreSchema(number int32) Schema { return Schema{fmt.Sprintf("oneo_restore_%d", number)} }

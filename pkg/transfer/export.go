@@ -30,6 +30,8 @@ type ExportOptions struct {
 	To []archive.Recipient
 	// Empty leaves all rows out: what is made of it begins as the migrations make it.
 	Empty bool
+	// Begun is told what the archive says of itself, before its rows are read; may be nil.
+	Begun func(archive.Header)
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
 
@@ -130,6 +132,9 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 			return err
 		}
 		from.header.Installation, from.header.Empty, from.known = inst.ID, o.Empty, known
+		if o.Begun != nil {
+			o.Begun(from.header)
+		}
 		tables, err := tablesOf(ctx, ses, at.Name)
 		if err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
@@ -213,5 +214,41 @@ func TestSwapUnderLoad(t *testing.T) {
 	})
 	require.Zero(t, lost, "of %d", n)
 	require.Greater(t, n, 100)
+	f.Invariants(t)
+}
+
+// Trying an archive says what a restore would say, of a good one and of bad ones, and leaves nothing.
+func TestTryLeavesNothing(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	b, trailer := f.export(p, one)
+	const made = `select (select count(*) from pg_namespace) + (select count(*) from pg_roles where rolname like 'oneo\_try\_%') + (select count(*) from pg_class)`
+	before := f.count(made)
+	try := func(p parts, b []byte) (archive.Trailer, error) {
+		return p.Try(context.Background(), postgres.MainGroup, bytes.NewReader(b), transfer.Loading{Actor: "test"})
+	}
+	got, err := try(p, b)
+	require.NoError(t, err)
+	require.Equal(t, trailer.Tables, got.Tables)
+
+	later := f.with(first, `alter table authors add column died date`)
+	_, err = try(later, b)
+	require.NoError(t, err, "an older one is migrated up")
+	unfit := f.with(first, `do $$ begin if exists (select from authors) then raise 'there are authors'; end if; end $$`)
+	_, err = try(unfit, b)
+	require.ErrorContains(t, err, "there are authors", "a migration that the rows do not stand is found")
+	_, err = try(f.with(`create table other (id integer)`), b)
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	damaged := bytes.Clone(b)
+	damaged[len(b)/2] ^= 1
+	_, err = try(p, damaged)
+	require.True(t, fault.Is(err, fault.Unverified), "%v", err)
+	_, err = try(p, b[:len(b)-1])
+	require.True(t, fault.Is(err, fault.Unverified), "%v", err)
+
+	require.Equal(t, before, f.count(made))
 	f.Invariants(t)
 }

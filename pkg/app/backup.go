@@ -1,0 +1,45 @@
+package app
+
+import (
+	"os"
+
+	"github.com/oneo-crm/oneo/pkg/archive"
+	"github.com/oneo-crm/oneo/pkg/backup"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/store"
+)
+
+// Backups are those of the configuration's store; environ, as os.Environ, is that of the programs around a backup. Invalid:
+// there is none, or a key cannot be read.
+func (a *App) Backups(environ []string) (*backup.Backups, error) {
+	c := a.Config.Backup
+	if c.URL == "" {
+		return nil, fault.New(fault.Invalid, "no place for backups is configured").WithCode("no_backup_store").
+			WithHint("set ONEO_BACKUP_URL (backup.url) to the path of a directory that is not on the database's disk, or to s3://bucket/prefix")
+	}
+	s, err := store.Open(c.URL)
+	if err != nil {
+		return nil, err
+	}
+	o := backup.Options{
+		Store: s, DB: a.DB, Transfers: a.Transfers, Secret: a.Config.Server.Secret, KeepMin: c.KeepMin,
+		Before: c.Hooks.Before, After: c.Hooks.After, Environ: environ, Logger: a.Log,
+	}
+	for _, text := range c.Recipients {
+		r, err := archive.ParseRecipient(text)
+		if err != nil {
+			return nil, err
+		}
+		o.To = append(o.To, r)
+	}
+	if c.IdentityFile != "" {
+		text, err := os.ReadFile(c.IdentityFile)
+		if err != nil {
+			return nil, fault.Wrap(err, fault.Invalid, "the file of backup.identity_file cannot be read").WithCode("identity_file")
+		}
+		if o.Identities, err = archive.ParseIdentities(string(text)); err != nil {
+			return nil, err
+		}
+	}
+	return backup.New(o)
+}

@@ -1,0 +1,76 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// hookEvent is what a program reads from its standard input.
+type hookEvent struct {
+	Event    string   `json:"event"` // before or after
+	OK       bool     `json:"ok"`    // after: there is a backup
+	Error    string   `json:"error,omitempty"`
+	Store    string   `json:"store"`
+	Manifest Manifest `json:"backup"` // as far as it is known
+}
+
+// hookWait is how long what a program has left behind may hold its output.
+const hookWait = 5 * time.Second
+
+// hook runs a program to its end, in a process group of its own that ends with ctx. Its words are told only when it fails.
+func (b *Backups) hook(ctx context.Context, name string, program []string, ev hookEvent) error {
+	if len(program) == 0 {
+		return nil
+	}
+	ev.Store = b.o.Store.String()
+	in, err := json.Marshal(ev)
+	if err != nil {
+		return fmt.Errorf("write for the program: %w", err)
+	}
+	cmd := exec.CommandContext(ctx, program[0], program[1:]...)
+	said := &tail{}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(append(in, '\n')), said, said
+	for _, kv := range b.o.Environ {
+		if !strings.HasPrefix(kv, "ONEO_") && !strings.HasPrefix(kv, "DATABASE_URL=") && !strings.HasPrefix(kv, "REDIS_URL=") {
+			cmd.Env = append(cmd.Env, kv)
+		}
+	}
+	cmd.Env = append(cmd.Env, "ONEO_HOOK="+name)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = hookWait
+	err = cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil, errors.Is(err, exec.ErrWaitDelay): // it did its work, and left somebody behind
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &exit) && said.String() != "":
+		return fmt.Errorf("%s: %w: %s", program[0], err, said)
+	}
+	return fmt.Errorf("%s: %w", program[0], err)
+}
+
+// tail keeps the end of what is written.
+type tail struct{ text []byte }
+
+// maxTail is how much is kept, in bytes.
+const maxTail = 2 << 10
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.text = append(t.text, p...)
+	t.text = t.text[max(0, len(t.text)-maxTail):]
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	return strings.Join(strings.Fields(strings.ToValidUTF8(string(t.text), "?")), " ")
+}
