@@ -35,9 +35,9 @@ var house = map[string]room{
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
 	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6},
-	"pkg/server":  {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet", "pkg/auth", "pkg/crm"}},
-	"pkg/app":     {layer: 8},
-	"cmd/oneo":    {layer: 9},
+	"pkg/server": {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet", "pkg/auth", "pkg/crm"}},
+	"pkg/app":    {layer: 8},
+	"cmd/oneo":   {layer: 9},
 }
 
 // owners are the only rooms that may import a module, whose path begins so.

@@ -68,4 +68,3 @@ func (b *Backups) Proofs(ctx context.Context) (map[int32]Proof, error) {
 	})
 	return proofs, err
 }
-
