@@ -190,7 +190,7 @@ func noDatabase(err error) bool {
 // each group. A database in which oneo has made nothing yet has applied none.
 func applied(ctx context.Context, a *app.App, set migrate.Set, head int) (newest int, behind bool, err error) {
 	const query = `select coalesce((select max(version) from public.ledger where set = $1), 0),
-exists (select from public.placements where version < $2 and state <> 'dropped')`
+exists (select from public.placements where version < $2 and state in ('active', 'suspended', 'moving'))`
 	for _, group := range a.DB.Groups() {
 		err := a.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
 			var at int

@@ -30,6 +30,8 @@ var All = []string{
 	"resume.before", "resume.started", "resume.schema", "resume.finish", "resume.after",
 	"restore.before", "restore.started", "restore.filled", "restore.schema", "restore.finish", "restore.after",
 	"return.before", "return.started", "return.schema", "return.finish", "return.after",
+	"move.before", "move.started", "move.frozen", "move.arrived", "move.copied", "move.verified", "move.switching", "move.switched",
+	"move.retired", "move.opened", "move.finish", "move.after",
 	"spare.removed", "spare.made",
 	"migrate.before", "migrate.applied", "migrate.tidied", "migrate.begun", "migrate.statement", "migrate.finish",
 	"migrate.batch", "migrate.batched", "migrate.after",

@@ -372,10 +372,10 @@ select a.set, a.version, a.checksum, 0 from applied a`
 
 const behindQuery = contentsQuery + `
 union all
-select 'behind', p.version, null, p.number from public.placements p where p.state <> 'dropped' and p.state <> 'spare' and p.version < $1
+select 'behind', p.version, null, p.number from public.placements p where p.state in ('active', 'suspended', 'moving') and p.version < $1
 union all
 select distinct 'beside', p.version, null::bytea, p.number from public.progress g join public.placements p on p.number = g.tenant
-where g.beside and p.state <> 'dropped' and p.state <> 'spare' and p.version >= $1`
+where g.beside and p.state in ('active', 'suspended', 'moving') and p.version >= $1`
 
 // TenantsBehind lists the tenants of a group that lack migrations, or have a data migration that is still at work beside
 // others: in one query. It refuses files that were changed after they had been applied to anybody, as CheckApplied
@@ -547,7 +547,7 @@ func (m *Migrator) Status(ctx context.Context) (Status, error) {
 }
 
 func (m *Migrator) statusOf(ctx context.Context, tx *postgres.OwnerTx, group string, st *Status) error {
-	const counts = `select version, count(*) from public.placements where state <> 'dropped' and state <> 'spare' group by version order by version desc`
+	const counts = `select version, count(*) from public.placements where state in ('active', 'suspended', 'moving') group by version order by version desc`
 	rows, err := tx.Query(ctx, counts)
 	if err != nil {
 		return err
@@ -561,7 +561,7 @@ func (m *Migrator) statusOf(ctx context.Context, tx *postgres.OwnerTx, group str
 		return err
 	}
 	const unfinished = `select g.version, g.beside, count(*), sum(g.rows)::int8 from public.progress g join public.placements p on p.number = g.tenant
-where p.state <> 'dropped' and p.state <> 'spare' group by g.version, g.beside order by g.version`
+where p.state in ('active', 'suspended', 'moving') group by g.version, g.beside order by g.version`
 	if rows, err = tx.Query(ctx, unfinished); err != nil {
 		return err
 	}
@@ -578,7 +578,7 @@ where p.state <> 'dropped' and p.state <> 'spare' group by g.version, g.beside o
 	}
 	const missing = `select p.number from public.placements p
 left join pg_catalog.pg_namespace n on n.oid = p.namespace and n.nspname = p.schema
-where n.oid is null and p.state <> 'dropped' and p.state <> 'spare' order by p.number`
+where n.oid is null and p.state in ('active', 'suspended', 'moving') order by p.number`
 	if rows, err = tx.Query(ctx, missing); err != nil {
 		return err
 	}

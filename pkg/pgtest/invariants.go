@@ -32,15 +32,19 @@ where n.nspname !~ '^pg_' and n.nspname not in ('public', 'ext', 'information_sc
   and not exists (select from public.placements p where p.schema = n.nspname)
   and not exists (select from public.undo_points u where coalesce(u.undone, u.schema) = n.nspname)
   and not exists (select from public.replaced r where r.schema = n.nspname and r.namespace = n.oid)
+  and not exists (select from public.moved m where m.schema = n.nspname and m.namespace = n.oid)
 union all
 select format('I1: the restore %s of tenant %s has kept a schema that is not there: %s', r.operation, r.tenant, r.schema)
 from public.replaced r where not exists (select from pg_namespace n where n.nspname = r.schema and n.oid = r.namespace)
+union all
+select format('I1: the move %s of tenant %s has left a schema that is not there: %s', m.operation, m.tenant, m.schema)
+from public.moved m where not exists (select from pg_namespace n where n.nspname = m.schema and n.oid = m.namespace)
 union all
 select format('I1: the undo point of run %s and tenant %s names a schema that is not there: %s', u.run, u.tenant, coalesce(u.undone, u.schema))
 from public.undo_points u where not exists (select from pg_namespace n where n.nspname = coalesce(u.undone, u.schema))
 union all
 select format('I1: %s may use the schema %s, which is the owner''s alone', a.grantee::regrole, n.nspname)
-from pg_namespace n, aclexplode(n.nspacl) a where n.nspname ~ '^oneo_(undo(ne)?|replaced)_' and a.grantee <> n.nspowner
+from pg_namespace n, aclexplode(n.nspacl) a where n.nspname ~ '^oneo_(undo(ne)?|replaced|moved)_' and a.grantee <> n.nspowner
 union all
 select format('I1: placement %s names a role that is not there: %s', p.number, p.role) from public.placements p
 where not exists (select from pg_roles r where r.rolname = p.role)
@@ -52,8 +56,11 @@ where r.rolname like 'oneo\_' || i.id || '\_%' and not exists (select from publi
     select from pg_shdepend d where d.refclassid = 'pg_authid'::regclass and d.refobjid = r.oid
       and d.dbid not in (0, (select oid from pg_database where datname = current_database())))
 union all
-select format('I1: tenant %s is %s, its placement %s', t.slug, t.state, p.state) from public.tenants t join public.placements p using (number)
-where t.state <> p.state and t.number not in (select tenant from open)
+select format('I1: tenant %s of group %s is %s, its placement %s', t.slug, t.group_name, t.state, p.state) from public.tenants t join public.placements p using (number)
+where case t.group_name when 'main' then t.state else 'moved' end <> p.state and t.number not in (select tenant from open)
+union all
+select format('I1: tenant %s is being moved by nobody: %s', p.number, p.moving) from public.placements p
+where p.moving is not null and not exists (select from public.operations o where o.id = p.moving and o.state = 'running')
 union all
 select format('I2: tenant %s is at version %s, its ledger at %s', p.number, p.version, coalesce(l.head, 0)) from public.placements p
 left join (select tenant, max(version) head from public.ledger where set = 'tenant' group by tenant) l on l.tenant = p.number

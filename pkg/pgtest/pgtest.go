@@ -57,6 +57,12 @@ type cluster struct {
 	serial atomic.Int64
 }
 
+// settings are those of the servers that tests start.
+var settings = map[string]string{
+	"max_connections": "200", "max_locks_per_transaction": "256", "max_prepared_transactions": "0",
+	"autovacuum": "off", // whether it has come by, or is at a table just now, must not decide a test
+}
+
 var shared cluster // one server a process: starting one costs half a second
 
 // Main runs the tests of a package and stops what they started.
@@ -98,10 +104,7 @@ func (c *cluster) make() error {
 	defer cancel()
 	c.pg, err = devstack.StartPostgres(ctx, devstack.PostgresOptions{
 		Dir: dir, Fast: true, Trust: true,
-		Settings: map[string]string{
-			"max_connections": "200", "max_locks_per_transaction": "256", "max_prepared_transactions": "0",
-			"autovacuum": "off", // whether it has come by, or is at a table just now, must not decide a test
-		},
+		Settings: settings,
 	})
 	if err != nil {
 		return fmt.Errorf("start PostgreSQL: %w", err)
@@ -347,6 +350,43 @@ func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 		}
 	})
 	return g
+}
+
+// SecondServer starts another PostgreSQL, with one database, oneo, and returns how it is reached: a group of its own. The test may stop and
+// restart the server.
+func (env *Env) SecondServer(t testing.TB) (postgres.Group, *devstack.Postgres) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "pgtest-")
+	if err != nil {
+		t.Fatalf("pgtest: %v", err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil { // the server's own user must get through
+		t.Fatalf("pgtest: %v", err)
+	}
+	pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: dir, Fast: true, Trust: true, Settings: settings})
+	if err != nil {
+		t.Fatalf("pgtest: start a second PostgreSQL: %v", err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), Patience)
+		defer cancel()
+		_ = pg.Stop(ctx) // the folder goes anyway
+	})
+	inst, err := env.DB.Installation(ctx, postgres.MainGroup)
+	if err != nil {
+		t.Fatalf("pgtest: %v", err)
+	}
+	g := (&cluster{pg: pg}).group("oneo")
+	_, err = postgres.Setup(ctx, postgres.SetupOptions{
+		AdminURL: pg.URL("oneo"), Group: g, AppRole: appRole, OwnerRole: ownerRole, Secret: Secret, Logins: Logins, ID: inst.ID,
+	})
+	if err != nil {
+		t.Fatalf("pgtest: set up a second server: %v", err)
+	}
+	return g, pg
 }
 
 // Redis starts a redis-server of the test's own.

@@ -16,11 +16,12 @@ import (
 )
 
 // SQLSTATEs that the functions in ext raise for the binding: the gate is held, the placement is not as the caller believed,
-// the version is outside of the range that is served.
+// the version is outside of the range that is served; and for the owner's: the tenant is being moved.
 const (
 	stateGateHeld  = "ON001"
 	stateNotServed = "ON002"
 	stateVersion   = "ON003"
+	stateMoving    = "ON005"
 )
 
 // Fault turns what PostgreSQL or the way to it answered into a fault by its SQLSTATE, once, at the driver's door.
@@ -67,9 +68,17 @@ func fromState(err error, pe *pgconn.PgError) error {
 			return fault.Wrap(err, fault.Suspended, "this tenant is not available at the moment").
 				WithCode("tenant_suspended").WithRetry(30 * time.Second)
 		}
+		for _, state := range []string{"moving", "moved", "arriving"} {
+			if strings.HasSuffix(pe.Message, state) {
+				return fault.Wrap(err, fault.Suspended, "this tenant is being moved: it can be read, and written again in a moment").
+					WithCode("tenant_moving").WithRetry(2 * time.Second)
+			}
+		}
 		return fault.Wrap(err, fault.Gone, "this tenant has been removed").WithCode("tenant_gone")
 	case stateVersion:
 		return upgrading(err)
+	case stateMoving:
+		return moving(err)
 	case "23505":
 		return fault.Wrap(err, fault.Conflict, "it exists already").WithCode("exists")
 	case "23503":
@@ -109,6 +118,12 @@ func fromState(err error, pe *pgconn.PgError) error {
 		return unavailable("database_unavailable", "PostgreSQL is not available at the moment")
 	}
 	return err
+}
+
+// moving is what an operation is told that would change a tenant in the midst of its move.
+func moving(cause error) error {
+	return fault.Wrap(cause, fault.Locked, "the tenant is being moved to another group, or has just been").WithCode("operation_running").
+		WithRetry(time.Second).WithHint("wait for it; if its process died, `oneo tenant move` or a server takes it up")
 }
 
 // Upgrading is the fault of a tenant whose version is outside of the range that this binary serves: kind Suspended, code

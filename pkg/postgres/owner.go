@@ -271,10 +271,13 @@ func (tx *OwnerTx) Bind(ctx context.Context, s tenant.Schema) error {
 	return tx.Script(ctx, "set local search_path to "+Quote(s.String())+", ext, pg_temp")
 }
 
-const bindPlaced = `select pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true)
+// A tenant that is being moved, or was, is no place to write in.
+const bindPlaced = `select case when p.moving is null and p.state <> 'moved' then
+	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true) else ext.refuse('ON005', 'moving')::text end
 from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
 
-// BindPlaced is Bind for the schema in which the tenant's placement says that it stands. NotFound: nowhere here.
+// BindPlaced is Bind for the schema in which the tenant's placement says that it stands. NotFound: nowhere here; Locked: it is
+// being moved.
 func (tx *OwnerTx) BindPlaced(ctx context.Context, number int32) error {
 	tx.countBind()
 	tag, err := tx.conn.Conn().Exec(ctx, bindPlaced, number)

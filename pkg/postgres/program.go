@@ -89,13 +89,16 @@ func (g *group) placed(ctx context.Context, number int32) (schema, role, state s
 	if err != nil {
 		return "", "", "", err
 	}
-	const placed = `select p.schema, p.role, p.state from public.placements p
+	const placed = `select p.schema, p.role, case when p.moving is null then p.state else 'moved' end from public.placements p
 join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
 	err = retryLost(ctx, g.opts.AcquireTimeout, pool.Reset, func(ctx context.Context) error {
 		return pool.QueryRow(ctx, placed, outsideTx, number).Scan(&schema, &role, &state)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		return "", "", "", fault.New(fault.NotFound, "the tenant's schema is not where the registry says").WithCode("schema_missing")
+	}
+	if err == nil && state == "moved" {
+		return "", "", "", moving(nil)
 	}
 	if err == nil && state != string(tenant.Active) && state != string(tenant.Suspended) {
 		return "", "", "", fault.New(fault.Gone, "this tenant has been removed").WithCode("tenant_gone")

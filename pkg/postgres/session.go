@@ -143,9 +143,10 @@ func (s *Session) Timeouts(ctx context.Context, lock, statement time.Duration) e
 }
 
 // BindPlaced sets the session's search path to the schema in which the tenant's placement says that it stands, ext and
-// pg_temp, and returns that schema's oid. NotFound: it stands nowhere here.
+// pg_temp, and returns that schema's oid. NotFound: it stands nowhere here; Locked: it is being moved.
 func (s *Session) BindPlaced(ctx context.Context, number int32) (namespace uint32, err error) {
-	const bind = `select n.oid, pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', false)
+	const bind = `select n.oid, case when p.moving is null and p.state <> 'moved' then
+	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', false) else ext.refuse('ON005', 'moving')::text end
 from public.placements p join pg_catalog.pg_namespace n on n.nspname = p.schema and n.oid = p.namespace where p.number = $1`
 	var path string
 	if err := s.QueryRow(ctx, bind, number).Scan(&namespace, &path); errors.Is(err, pgx.ErrNoRows) {

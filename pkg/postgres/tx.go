@@ -51,17 +51,17 @@ const (
 
 	// Schema and role come from the placement itself, never from the caller: whoever holds an old Tenant is still bound
 	// to the right place, or to none. CASE keeps the order: nothing is set before the placement was found active and
-	// its version in the range that this binary serves. One column, because each one is described and sent with every
-	// binding: the version. The verbs are the least and the greatest version, statement_timeout, lock_timeout and
+	// its version in the range that this binary serves. While it is being moved it may be read. One column, because each
+	// one is described and sent with every binding: the version. The verbs are the least and the greatest version, statement_timeout, lock_timeout and
 	// idle_in_transaction_session_timeout.
-	formBind = `select coalesce((select case when p.state = 'active' and p.version >= %d and p.reader <= %d then case when
+	formBind = `select coalesce((select case when (p.state = 'active' or p.state = 'moving' and $2 = 'on') and p.version >= %d and p.reader <= %d then case when
 	pg_catalog.set_config('statement_timeout', '%s', true) is not null and
 	pg_catalog.set_config('lock_timeout', '%s', true) is not null and
 	pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true) is not null and
 	pg_catalog.set_config('transaction_read_only', $2, true) is not null and
 	pg_catalog.set_config('search_path', pg_catalog.quote_ident(p.schema) || ', ext, pg_temp', true) is not null and
 	pg_catalog.set_config('role', p.role, true) is not null
-	then p.version end else ext.refuse(case p.state when 'active' then 'ON003' else 'ON002' end, p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
+	then p.version end else ext.refuse(case when p.state = 'active' or p.state = 'moving' and $2 = 'on' then 'ON003' else 'ON002' end, p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
 )
 
 // sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on.

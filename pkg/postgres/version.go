@@ -146,7 +146,7 @@ func (tx *OwnerTx) Placement(ctx context.Context, t tenant.Tenant) (p Placement,
 
 // OutOfRange lists the numbers of the tenants of a group that InTenant refuses for their version.
 func (db *DB) OutOfRange(ctx context.Context, group string) (numbers []int32, err error) {
-	const list = `select p.number from public.placements p where p.state in ('active', 'suspended') and (p.version < $1 or p.reader > $2)`
+	const list = `select p.number from public.placements p where p.state in ('active', 'suspended', 'moving') and (p.version < $1 or p.reader > $2)`
 	r := db.opts.Serves
 	err = db.look(ctx, group, func(ctx context.Context, pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, list, outsideTx, r.Min, r.Head)

@@ -53,9 +53,10 @@ type Options struct {
 
 // Provisioner changes tenants. It is safe for concurrent use.
 type Provisioner struct {
-	o     Options
-	wake  chan struct{}
-	taken atomic.Bool // perhaps a spare, since Work last looked at the pools
+	o       Options
+	wake    chan struct{}
+	taken   atomic.Bool // perhaps a spare, since Work last looked at the pools
+	carrier Carrier     // nil: nothing can be moved
 }
 
 // New checks the options.
@@ -89,6 +90,7 @@ const (
 	KindPurge   = "tenant.purge"
 	KindRestore = "tenant.restore"
 	KindReturn  = "tenant.return" // undoes a restore
+	KindMove    = "tenant.move"
 )
 
 // change is one structural change of one tenant. Where one database holds everything, begin, schema and finish run in
@@ -556,6 +558,7 @@ type request struct {
 	Origin            *Origin         `json:"origin,omitempty"`
 	KeepSeconds       int64           `json:"keep_seconds,omitempty"`
 	Restore           *uuid.UUID      `json:"restore,omitempty"` // that is undone
+	Move              *moving         `json:"move,omitempty"`
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

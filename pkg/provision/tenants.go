@@ -774,7 +774,14 @@ func (p *Provisioner) purge(ctx context.Context, slug tenant.Slug, actor string,
 			return fault.New(fault.Conflict, "the tenant's grace is not over").WithCode("not_overdue")
 		}
 	}
-	return p.run(ctx, c, nil)
+	gone, err := p.run(ctx, c, nil)
+	if err != nil {
+		return gone, err
+	}
+	if _, err := p.DropMoved(ctx, t.Number); err != nil { // a server tries again
+		p.o.Logger.WarnContext(ctx, "what moves of a purged tenant have left behind is not destroyed yet", "tenant", t.Slug, "error", err)
+	}
+	return gone, nil
 }
 
 func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string) (change, error) {
@@ -847,6 +854,9 @@ func destroy(ctx context.Context, tx *postgres.OwnerTx, inst postgres.Installati
 	if err := dropReplaced(ctx, tx, number); err != nil {
 		return err
 	}
+	if err := dropLeft(ctx, tx, number); err != nil {
+		return err
+	}
 	if err := dropRole(ctx, tx, inst.TenantRole(number), details); err != nil {
 		return err
 	}
@@ -877,8 +887,15 @@ func dropUndo(ctx context.Context, tx *postgres.OwnerTx, number int32) error {
 }
 
 // dropRole destroys a tenant's role, unless something that is not the tenant's refers to it: then it is left, and the
-// audit row's details say so.
+// audit row's details say so. In another database of the cluster it may stand for a copy of the tenant, and goes with that.
 func dropRole(ctx context.Context, tx *postgres.OwnerTx, role string, details map[string]any) error {
+	const elsewhere = `select exists (select from pg_catalog.pg_shdepend d join pg_catalog.pg_roles r on r.oid = d.refobjid
+where d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass and r.rolname = $1
+	and d.dbid not in (0, (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())))`
+	var other bool
+	if err := tx.QueryRow(ctx, elsewhere, role).Scan(&other); err != nil || other { // a copy that a move has left, or has made
+		return err
+	}
 	if details[codeSchemaMissing] == true {
 		// Whoever moved or restored the schema by hand may have granted it to the role again.
 		const used = `select exists (select from pg_catalog.pg_shdepend d join pg_catalog.pg_roles r on r.oid = d.refobjid

@@ -52,6 +52,9 @@ func (p *Provisioner) Work(ctx context.Context) error {
 			if _, err := p.ExpireReplaced(ctx); err != nil && ctx.Err() == nil {
 				p.o.Logger.ErrorContext(ctx, "destroy what restores have kept", "error", err)
 			}
+			if _, err := p.ExpireMoved(ctx); err != nil && ctx.Err() == nil {
+				p.o.Logger.ErrorContext(ctx, "destroy what moves have left behind", "error", err)
+			}
 		}
 		if p.keepPools(ctx, &pools) {
 			continue // operations first, then the next spare
@@ -140,6 +143,9 @@ func numberOf(ctx context.Context, tx *postgres.OwnerTx, op registry.Operation) 
 func (p *Provisioner) carryOut(ctx context.Context, op registry.Operation) error {
 	stop := p.beat(ctx, op)
 	defer stop()
+	if op.Kind == KindMove { // which ends itself
+		return p.resumeMove(ctx, op)
+	}
 	c, err := p.changeOf(ctx, op)
 	if err == nil && c == nil {
 		return p.end(ctx, op, nil)

@@ -243,13 +243,13 @@ where run = $1 and worker = $2 and state = 'running' and ordinal <> all($3::int4
 
 // claim takes tasks of a wave that may be begun, in the order of the plan.
 func (w *crew) claim(ctx context.Context, tx *postgres.OwnerTx, wave, want int) ([]Task, error) {
-	// By their places: how many tasks a new run has is in no statistics, and a join that is planned for one task may
+	// The group is the tenant's of now: it may have been moved since the plan was made. By their places: how many tasks a new run has is in no statistics, and a join that is planned for one task may
 	// look through all of them for each that is claimed.
 	const claim = `update public.tasks t set state = 'running', worker = $4, heartbeat = now(), attempts = t.attempts + 1,
 	started_at = coalesce(t.started_at, now()) where t.ctid = any(array(
 	select q.ctid from public.tasks q where q.run = $1 and q.wave = $2 and q.state = 'queued' and q.not_before <= now()
 	order by q.ordinal limit $3 for update skip locked))
-returning t.ordinal, t.tenant, t.slug, t.group_name, t.wave, coalesce(t.from_version, 0), coalesce(t.to_version, 0), t.attempts`
+returning t.ordinal, t.tenant, t.slug, coalesce((select n.group_name from public.tenants n where n.number = t.tenant), t.group_name), t.wave, coalesce(t.from_version, 0), coalesce(t.to_version, 0), t.attempts`
 	rows, err := tx.Query(ctx, claim, w.id, wave, want, w.worker)
 	if err != nil {
 		return nil, err

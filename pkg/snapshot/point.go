@@ -43,7 +43,7 @@ type sequenceAt struct {
 }
 
 const readPoint = `select u.schema, u.from_version, u.to_version, u.tables, u.sequences, u.settled, u.made, u.updated_at, u.expires_at <= pg_catalog.now(), u.undone_at,
-	p.schema, p.namespace, p.role, p.state, p.version
+	p.schema, p.namespace, p.role, case when p.moving is null then p.state else 'moving' end, p.version
 from public.undo_points u join public.placements p on p.number = u.tenant where u.run = $1 and u.tenant = $2`
 
 // read reads an undo point; with lock it keeps its row until the transaction ends. pgx.ErrNoRows: there is none.

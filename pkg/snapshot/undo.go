@@ -143,6 +143,9 @@ func (s *Snapshots) may(ctx context.Context, q postgres.Querier, t tenant.Tenant
 	switch {
 	case p.undoneAt != nil:
 		return refuse("undone_already", "the run was taken back for this tenant at %s", p.undoneAt.UTC().Format(time.RFC3339))
+	case p.state == "moving" || p.state == "moved":
+		return fault.New(fault.Locked, "the tenant is being moved to another group, or was").WithCode("operation_running").
+			WithHint("wait for it; what was kept for undoing does not move with a tenant")
 	case p.state != string(tenant.Active) && p.state != string(tenant.Suspended):
 		return refuse("wrong_state", "the tenant is %s", p.state).WithHint("oneo tenant undrop %s, then undo the run", t.Slug)
 	case p.expired:

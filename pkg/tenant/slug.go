@@ -117,6 +117,11 @@ func ReplacedSchema(number int32, operation string) Schema {
 	return Schema{fmt.Sprintf("oneo_replaced_%d_%s", number, operation)}
 }
 
+// MovedSchema is where the copy lies that a move has left behind; operation tells it from those of other moves.
+func MovedSchema(number int32, operation string) Schema {
+	return Schema{fmt.Sprintf("oneo_moved_%d_%s", number, operation)}
+}
+
 // UndoSchema is the name of the schema that holds what a run has kept of the tenant of a number; UndoneSchema of the one
 // that holds what undoing the run has taken out. run tells runs apart: 8 hex digits.
 func UndoSchema(number int32, run string) Schema {

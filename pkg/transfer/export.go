@@ -37,6 +37,8 @@ type ExportOptions struct {
 
 	// masks is told what was masked; nil: nothing is to be.
 	masks *Masking
+	// volatile writes the rows of volatile tables as well: the archive does not leave this installation.
+	volatile bool
 }
 
 // Progress is how far an export or a load has come.
@@ -99,7 +101,7 @@ func (x *Transfers) registryOf(ctx context.Context, t tenant.Tenant) (r archive.
 
 // plain is how values are written, whatever the server's or the database's own words are: what one server writes another one reads.
 const plain = `set local datestyle to 'ISO, YMD'; set local intervalstyle to postgres; set local extra_float_digits to 3;
-set local bytea_output to hex; set local timezone to utc; set local lc_monetary to 'C'; set local xmloption to content;
+set local bytea_output to hex; set local synchronize_seqscans to off; set local timezone to utc; set local lc_monetary to 'C'; set local xmloption to content;
 set local row_security to off; set local search_path to ''`
 
 // export writes one tenant over a session that may write others afterwards.
@@ -139,7 +141,7 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		if err != nil {
 			return err
 		}
-		from.tables = slices.DeleteFunc(tables, func(t table) bool { return slices.Contains(x.o.Volatile, t.name) })
+		from.tables = slices.DeleteFunc(tables, func(t table) bool { return !o.volatile && slices.Contains(x.o.Volatile, t.name) })
 		var masks map[string]*masked
 		var masker *mask.Masker
 		if o.masks != nil {

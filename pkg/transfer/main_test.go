@@ -18,6 +18,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/store"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -47,7 +48,7 @@ func TestMain(m *testing.M) {
 
 // task is one thing done by a process of its own.
 type task struct {
-	What   string // export, import or clone
+	What   string // export, import, clone or move
 	Number int32  // of the tenant that is exported or cloned
 	File   string
 	As     string
@@ -72,6 +73,14 @@ func (k task) child() error {
 		return err
 	}
 	ctx := context.Background()
+	if k.What == "move" {
+		slug, err := tenant.ParseSlug(k.As)
+		if err != nil {
+			return err
+		}
+		_, err = p.provision.Move(ctx, slug, provision.MoveRequest{Group: "second", Keep: time.Hour, Actor: "test"})
+		return err
+	}
 	if k.What == "import" {
 		f, err := os.Open(k.File)
 		if err != nil {

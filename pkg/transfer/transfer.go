@@ -44,7 +44,7 @@ type Transfers struct {
 	o Options
 }
 
-// New checks the options.
+// New checks the options. The Provisioner's moves are carried by what it returns.
 func New(o Options) (*Transfers, error) {
 	if o.DB == nil || o.Migrate == nil || o.Structure == nil || o.Provision == nil || o.Logger == nil || o.BaseDomain.IsZero() {
 		return nil, errors.New("transfer: DB, Migrate, Structure, Provision, BaseDomain and Logger must be given")
@@ -52,7 +52,9 @@ func New(o Options) (*Transfers, error) {
 	if o.LockWait == 0 {
 		o.LockWait = 10 * time.Second
 	}
-	return &Transfers{o: o}, nil
+	x := &Transfers{o: o}
+	o.Provision.CarryBy(x)
+	return x, nil
 }
 
 // named gives a fault the tenant that it is about.
