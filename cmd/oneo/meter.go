@@ -22,6 +22,8 @@ type meter struct {
 	began time.Time
 	drawn time.Time
 	width int // of what was drawn
+	// frozen is for how long a tenant that is moved cannot be written so far; 0: it can.
+	frozen time.Duration
 }
 
 func newMeter(e *env, mode, verb string) (*meter, error) {
@@ -54,13 +56,20 @@ func (m *meter) tell(p transfer.Progress) {
 	m.drawn = time.Now()
 	took := time.Since(m.began)
 	if m.mode == "json" {
-		line, err := json.Marshal(map[string]any{"event": "progress", "table": p.Table, "rows": p.Rows, "bytes": p.Bytes, "total_bytes": p.Total, "duration_ms": took.Milliseconds()})
+		event := map[string]any{"event": "progress", "table": p.Table, "rows": p.Rows, "bytes": p.Bytes, "total_bytes": p.Total, "duration_ms": took.Milliseconds()}
+		if m.frozen > 0 {
+			event["step"], event["frozen_ms"] = m.verb, m.frozen.Milliseconds()
+		}
+		line, err := json.Marshal(event)
 		if err == nil {
 			fmt.Fprintln(m.e.err, string(line))
 		}
 		return
 	}
 	line := fmt.Sprintf("%s %s of rows, %s/s, table %s", m.verb, size(p.Bytes), size(int64(float64(p.Bytes)/took.Seconds())), p.Table)
+	if m.frozen > 0 {
+		line += fmt.Sprintf(", frozen for %s", m.frozen.Round(time.Second))
+	}
 	fmt.Fprint(m.e.err, "\r"+line+strings.Repeat(" ", max(0, m.width-len(line))))
 	m.width = len(line)
 }

@@ -52,6 +52,7 @@ type task struct {
 	Number int32  // of the tenant that is exported or cloned
 	File   string
 	As     string
+	Into   string // the group that it is moved to
 	Base   string
 	Groups map[string]postgres.Group
 }
@@ -78,7 +79,7 @@ func (k task) child() error {
 		if err != nil {
 			return err
 		}
-		_, err = p.provision.Move(ctx, slug, provision.MoveRequest{Group: "second", Keep: time.Hour, Actor: "test"})
+		_, err = p.provision.Move(ctx, slug, provision.MoveRequest{Group: k.Into, Keep: time.Hour, Actor: "test"})
 		return err
 	}
 	if k.What == "import" {

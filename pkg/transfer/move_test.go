@@ -336,7 +336,7 @@ func TestMoveUnderLoad(t *testing.T) {
 }
 
 func (f *moving) task() task {
-	return task{What: "move", As: "acme", Base: f.Base.String(), Groups: f.groups}
+	return task{What: "move", As: "acme", Into: "second", Base: f.Base.String(), Groups: f.groups}
 }
 
 // kill -9 at each place of a move: at no moment can the tenant be written at two places, and the same command, or a server, brings it
@@ -415,9 +415,11 @@ func (f *moving) paused(t *testing.T, place string) (on func() (code int, out st
 		code, out := k.process(t, place+"=wait:"+gate)
 		ended <- end{code, out}
 	}()
+	open := func() { require.NoError(t, os.WriteFile(gate, nil, 0o600)) }
+	t.Cleanup(open) // also when the test fails
 	f.reached(t, place)
 	return func() (int, string) {
-		require.NoError(t, os.WriteFile(gate, nil, 0o600))
+		open()
 		e := <-ended
 		return e.code, e.out
 	}
@@ -460,7 +462,13 @@ func TestTargetGoesAway(t *testing.T) {
 			require.NoError(t, f.server.Stop(t.Context()))
 			code, out := on()
 			require.NotZero(t, code, out)
-			switched := place == "move.switched" || place == "move.verified" // whose next step is the switch, which needs no target
+			switched := f.now(one).Group == "second" // the switch needs no target
+			switch place {
+			case "move.frozen", "move.copied":
+				require.False(t, switched)
+			case "move.switched":
+				require.True(t, switched)
+			}
 			if switched {
 				require.Error(t, f.write(one, "no"))
 			} else {
@@ -485,11 +493,121 @@ func TestTargetGoesAway(t *testing.T) {
 	}
 }
 
+// The source goes away. Before the copy is made the tenant waits for it, frozen; then the move goes on without it, and retires
+// it when it is back. Until then nobody is served by it.
+func TestSourceGoesAway(t *testing.T) {
+	t.Parallel()
+	for _, place := range []string{"move.frozen", "move.copied", "move.switched"} {
+		t.Run(place, func(t *testing.T) {
+			t.Parallel()
+			f := newMoving(t, true)
+			one := f.tenant(f.p, "acme")
+			f.in(one, rows)
+			_, err := f.move(one, "second")
+			require.NoError(t, err)
+			n, err := f.p.provision.DropMoved(t.Context(), one.Number)
+			require.NoError(t, err)
+			require.Equal(t, 1, n)
+			one = f.now(one)
+			before := f.whole(f.second, "acme")
+			// The way back.
+			gate := filepath.Join(t.TempDir(), "go on")
+			k := f.task()
+			k.Into = postgres.MainGroup
+			ended := make(chan int, 1)
+			go func() {
+				code, _ := k.process(t, place+"=wait:"+gate)
+				ended <- code
+			}()
+			open := func() { require.NoError(t, os.WriteFile(gate, nil, 0o600)) }
+			t.Cleanup(open)
+			require.Eventually(t, func() bool {
+				var frozen int
+				require.NoError(t, f.second.QueryRow(context.Background(), `select count(*) from public.placements where state = 'moving'`).Scan(&frozen))
+				switch place {
+				case "move.frozen":
+					return frozen == 1
+				case "move.copied":
+					return f.count(`select count(*) from public.placements where state = 'arriving'`) == 1
+				default:
+					return f.now(one).Group == postgres.MainGroup
+				}
+			}, pgtest.Patience, 10*time.Millisecond)
+			require.NoError(t, f.server.Stop(t.Context()))
+			open()
+			require.NotZero(t, <-ended)
+			now := f.now(one)
+			if place == "move.frozen" {
+				require.Equal(t, "second", now.Group)
+			} else {
+				require.Equal(t, postgres.MainGroup, now.Group)
+				require.NoError(t, f.write(now, "served"))
+			}
+			require.Equal(t, 1, f.count(`select count(*) from public.operations where state = 'running'`))
+			require.NoError(t, f.server.Restart(t.Context()))
+			f.second = pgtest.Admin(t, f.server.URL("oneo"))
+			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
+			require.Error(t, f.write(one, "stale"))
+			f.worked(t)
+			require.Equal(t, []string{postgres.MainGroup}, f.writable(one.Number))
+			f.in(f.now(one), `delete from log where what = 'served'`)
+			require.Equal(t, before, f.whole(f.admin, "acme"))
+			var kept int
+			require.NoError(t, f.second.QueryRow(t.Context(), `select count(*) from public.moved`).Scan(&kept))
+			require.Equal(t, 1, kept)
+			f.Invariants(t)
+		})
+	}
+}
+
+// A step that fails is undone before the switch and finished behind it, also where only its answer was lost: then, or by the
+// same command.
+func TestAMoveThatFails(t *testing.T) {
+	t.Parallel()
+	for _, place := range failpoint.All {
+		if !strings.HasPrefix(place, "move.") && place != "export.table" && place != "load.checked" {
+			continue
+		}
+		t.Run(place, func(t *testing.T) {
+			t.Parallel()
+			f := newMoving(t, false)
+			one := f.tenant(f.p, "acme")
+			f.in(one, rows)
+			before := f.whole(f.admin, "acme")
+			code, out := f.task().process(t, place+"=error")
+			open := f.count(`select count(*) from public.operations where state = 'running'`)
+			switch place {
+			case "move.switched": // it had switched, and found that out
+				require.Zero(t, code, out)
+				require.Zero(t, open)
+			case "move.retired", "move.opened", "move.finish":
+				require.Equal(t, 1, code, out)
+				require.Equal(t, 1, open)
+			default:
+				require.Equal(t, 1, code, out)
+				require.Zero(t, open)
+				if place != "move.after" {
+					require.NoError(t, f.write(one, "goes on"))
+					f.in(one, `delete from log where what = 'goes on'`)
+				}
+			}
+			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
+			if open == 0 {
+				f.Invariants(t)
+			}
+			require.Eventually(t, func() bool { code, out = f.task().process(t, ""); return code == 0 }, time.Minute, 100*time.Millisecond, "%s", out)
+			require.Equal(t, before, f.whole(f.second, "acme"))
+			require.Equal(t, []string{"second"}, f.writable(one.Number))
+			f.Invariants(t)
+		})
+	}
+}
+
 // What arrived is not what was sent: the move is undone, and says so.
 func TestMoveThatDiffers(t *testing.T) {
 	t.Parallel()
 	for what, sql := range map[string]string{
-		"rows":      `update acme.books set pages = pages + 1 where id = 2`,
+		"rows":      `update acme.authors set born = '1900-01-01' where name = 'Ada'`,
 		"a row":     `delete from acme.types where id = 3`,
 		"sequence":  `select setval('acme.tickets', 1000)`,
 		"structure": `alter table acme.log add column more text`,
