@@ -25,8 +25,8 @@ type Loading struct {
 	// CustomDDL runs the statements of the archive that are no migrations, as far as they keep to the tenant's schema.
 	CustomDDL bool
 	// ours: the archive comes from one of our own databases and no file, so that its statements are not looked at.
-	ours bool
-	Actor     string
+	ours  bool
+	Actor string
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
 }
