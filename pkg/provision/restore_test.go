@@ -264,7 +264,7 @@ func TestBesideALongRestore(t *testing.T) {
 			func() error { _, err := f.p.RenameNow(ctx, tn, "globex"); return err },
 		} {
 			if err := change(); fault.Of(err).StableCode() != "operation_running" {
-				return fmt.Errorf("not refused beside a restore: %v", err)
+				return fmt.Errorf("not refused beside a restore: %w", err)
 			}
 		}
 		if err := tx.QueryRow(ctx, `select pg_catalog.clock_timestamp() from pg_catalog.pg_sleep(1)`).Scan(&filled); err != nil {

@@ -95,17 +95,17 @@ func (s *script) endTable(rows int64) error {
 }
 
 func (s *script) end(sequences []archive.Sequence) (archive.Trailer, error) {
-	s.w.WriteString("\n")
+	fmt.Fprint(s.w, "\n")
 	for _, q := range sequences {
 		name := strings.ReplaceAll(postgres.Quote(s.schema.Name)+"."+postgres.Quote(q.Name), "'", "''")
 		fmt.Fprintf(s.w, "select pg_catalog.setval('%s', %d, %t);\n", name, q.Last, q.Called)
 	}
-	s.w.WriteString("\n")
+	fmt.Fprint(s.w, "\n")
 	s.steps(s.after)
 	for _, c := range s.comments {
 		fmt.Fprintf(s.w, "%s;\n", c)
 	}
-	s.w.WriteString("commit;\n")
+	fmt.Fprint(s.w, "commit;\n")
 	return archive.Trailer{Tables: s.sums, Sequences: sequences}, s.w.Flush()
 }
 
