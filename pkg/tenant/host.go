@@ -60,6 +60,12 @@ func ParseHost(s string) (Host, error) {
 	if err != nil || ascii == "" || strings.HasSuffix(ascii, ".") {
 		return Host{}, bad("is no DNS name")
 	}
+	// What is mapped may come to letters that may not stand together ("ℷA"): such a name could be given and never asked for.
+	if strings.Contains(ascii, "xn--") {
+		if again, err := hostProfile.ToASCII(ascii); err != nil || again != ascii {
+			return Host{}, bad("is no DNS name")
+		}
+	}
 	// A last label of digits would be read as an IPv4 address by many parsers (0x7f.1, 127.1).
 	last := ascii[strings.LastIndexByte(ascii, '.')+1:]
 	if strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") {

@@ -204,7 +204,7 @@ func FuzzParseSchema(f *testing.F) {
 }
 
 func FuzzParseHost(f *testing.F) {
-	for _, s := range []string{"acme.localhost", "ACME.localhost.:80", "bücher.example", "127.0.0.1", "[::1]:80", "a..b", "xn--bcher-kva.de", "a。b", "％２ｅ", "ⅷ.example"} {
+	for _, s := range []string{"acme.localhost", "ACME.localhost.:80", "bücher.example", "127.0.0.1", "[::1]:80", "a..b", "xn--bcher-kva.de", "a。b", "％２ｅ", "ⅷ.example", "ℷA"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
