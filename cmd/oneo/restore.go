@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
@@ -22,6 +25,8 @@ type restoreOptions struct {
 	slug  string
 	force bool
 	keep  time.Duration
+	diff  bool
+	parts transfer.Parts
 }
 
 func newRestoreCmd(e *env) *cobra.Command {
@@ -36,9 +41,16 @@ What was there until then is kept for --keep, and ` + "`oneo undo`" + ` brings i
 tenant beside the live one.
 
 BACKUP is the id of a backup, or the beginning of it, or "latest" with --tenant; it says itself whose it is. A tenant
-that was purged since is made anew, under its own name if that is free. FILE may be - for standard input.`,
-		Example: "  oneo restore 3f2a9c41\n  oneo restore latest -t acme\n  oneo restore 3f2a9c41 --as acme-yesterday\n  oneo restore acme-20261125T180000Z.oneo -t acme",
-		Args:    usageArgs(cobra.ExactArgs(1)),
+that was purged since is made anew, under its own name if that is free. FILE may be - for standard input.
+
+--diff shows what would change, by table, and changes nothing. --table and --pipeline do not take the tenant back: they
+put the rows of those tables, or of that pipeline of the CRM, back among the ones that are there, by their primary
+keys. Missing rows come in; with --overwrite those that have changed are put back too. Nothing is deleted, foreign keys
+and triggers hold, all is one transaction, and nothing keeps what was overwritten: this cannot be undone. It is shown
+first, and asked for.`,
+		Example: "  oneo restore 3f2a9c41\n  oneo restore latest -t acme --diff\n  oneo restore latest -t acme\n  oneo restore 3f2a9c41 --as acme-yesterday\n  oneo restore acme-20261125T180000Z.oneo -t acme\n" +
+			"  oneo restore latest -t acme --table users --table api_keys\n  oneo restore latest -t acme --pipeline deals --overwrite",
+		Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.file = args[0]
 			return restore(cmd.Context(), e, o)
@@ -49,6 +61,10 @@ that was purged since is made anew, under its own name if that is free. FILE may
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	f.DurationVar(&o.keep, "keep", 0, "for how long what is there now is kept; default: backup.undo_keep")
 	f.BoolVar(&o.force, "force", false, "also when the archive is another tenant's")
+	f.BoolVar(&o.diff, "diff", false, "show what would change, and change nothing")
+	f.StringArrayVar(&o.parts.Tables, "table", nil, "only put rows of the table `NAME` back; repeatable")
+	f.StringVar(&o.parts.Pipeline, "pipeline", "", "only put records of the pipeline `KEY` back")
+	f.BoolVar(&o.parts.Overwrite, "overwrite", false, "with --table or --pipeline: rows that have changed too")
 	o.importOptions.register(f)
 	return cmd
 }
@@ -69,6 +85,16 @@ var restoredColumns = []column[restoredRow]{
 func restore(ctx context.Context, e *env, o restoreOptions) error {
 	if o.slug != "" && o.as != "" && o.file != latestBackup {
 		return errUsage{fault.New(fault.Invalid, "--tenant and --as exclude each other")}
+	}
+	switch {
+	case len(o.parts.Tables) > 0 && o.parts.Pipeline != "":
+		return errUsage{fault.New(fault.Invalid, "--table and --pipeline exclude each other")}
+	case o.parts.Overwrite && o.parts.IsZero():
+		return errUsage{fault.New(fault.Invalid, "--overwrite goes with --table or --pipeline: a restore puts everything back")}
+	case o.keep != 0 && (o.diff || !o.parts.IsZero()):
+		return errUsage{fault.New(fault.Invalid, "--keep goes with a restore of the whole tenant")}
+	case o.as != "" && (o.diff || !o.parts.IsZero()):
+		return errUsage{fault.New(fault.Invalid, "--diff, --table and --pipeline are about a tenant that is there: -t NAME")}
 	}
 	var err error
 	if o.backup, err = catalogued(ctx, e, o.file, o.slug); err != nil {
@@ -91,7 +117,7 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 	var t tenant.Tenant
 	if o.slug != "" {
 		t, err = tenantNamed(ctx, a, o.slug)
-	} else if t, err = tenantOf(ctx, a, *o.backup); fault.Is(err, fault.NotFound) {
+	} else if t, err = tenantOf(ctx, a, *o.backup); fault.Is(err, fault.NotFound) && !o.diff && o.parts.IsZero() {
 		e.say("there is no tenant %s any more: it is made anew", o.backup.Slug)
 		return tenantImport(ctx, e, o.importOptions)
 	}
@@ -103,6 +129,9 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 		return err
 	}
 	defer in.Close()
+	if o.diff || !o.parts.IsZero() {
+		return restoreParts(ctx, e, a, t, in, identities, o)
+	}
 	if err := e.confirm(ctx, "put an archive in the place of what tenant "+t.Slug.String()+" has now, and log its users out"); err != nil {
 		return err
 	}
@@ -177,12 +206,66 @@ func tenantOf(ctx context.Context, a *app.App, m backup.Manifest) (t tenant.Tena
 	return t, err
 }
 
+var differenceColumns = []column[transfer.Difference]{
+	{"TABLE", "table", func(d transfer.Difference) any { return d.Table }},
+	{"ADDED", "added", func(d transfer.Difference) any { return d.Added }},
+	{"REMOVED", "removed", func(d transfer.Difference) any { return d.Removed }},
+	{"CHANGED", "changed", func(d transfer.Difference) any { return d.Changed }},
+	{"SAME", "same", func(d transfer.Difference) any { return d.Same }},
+}
+
+var mergedColumns = []column[transfer.Merged]{
+	{"TABLE", "table", func(m transfer.Merged) any { return m.Table }},
+	{"INSERTED", "inserted", func(m transfer.Merged) any { return m.Inserted }},
+	{"OVERWRITTEN", "overwritten", func(m transfer.Merged) any { return m.Overwritten }},
+}
+
+// restoreParts shows what a restore would change, or puts some rows of an archive back among the live ones.
+func restoreParts(ctx context.Context, e *env, a *app.App, t tenant.Tenant, in io.Reader, identities []archive.Identity, o restoreOptions) error {
+	m, err := newMeter(e, o.progress, "loaded")
+	if err != nil {
+		return err
+	}
+	how := transfer.Loading{Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Actor: e.actor(), Progress: m.tell}
+	if o.diff {
+		found, err := a.Transfers.Diff(ctx, t, in, o.force, o.parts, how)
+		m.end()
+		if err != nil {
+			return err
+		}
+		return show(e, found, differenceColumns)
+	}
+	merged, err := a.Transfers.Merge(ctx, t, in, o.force, o.parts, func(found []transfer.Difference) error {
+		m.end()
+		var into, over int64
+		for _, d := range found {
+			e.say("%s: %s missing, %s changed, %s stay", d.Table, grouped(d.Added), grouped(d.Changed), grouped(d.Same))
+			into, over = into+d.Added, over+d.Changed
+		}
+		what := fmt.Sprintf("put %s missing row(s) into tenant %s", grouped(into), t.Slug)
+		if o.parts.Overwrite {
+			what += fmt.Sprintf(" and overwrite %s changed one(s)", grouped(over))
+		}
+		return e.confirm(ctx, what+"; it cannot be undone")
+	}, how)
+	if err != nil {
+		m.end()
+		return err
+	}
+	// Users and keys may have come back as they were.
+	if err := flushTenant(ctx, a, t); err != nil {
+		return err
+	}
+	return show(e, merged, mergedColumns)
+}
+
 // returnRestore undoes the restore op.
 func returnRestore(ctx context.Context, e *env, a *app.App, op registry.Operation, err error, o undoOptions) error {
 	if err != nil {
 		return err
 	}
-	if op.Number == nil || op.State != registry.Done {
+	// One whose process died is finished, or taken back, by Return itself.
+	if op.Number == nil || op.State != registry.Done && op.State != registry.Running {
 		return fault.New(fault.Conflict, "the restore %s is %s: there is nothing to undo", op.ID, op.State).WithCode("wrong_state")
 	}
 	var t tenant.Tenant
@@ -195,6 +278,9 @@ func returnRestore(ctx context.Context, e *env, a *app.App, op registry.Operatio
 	}
 	what := "put what tenant " + t.Slug.String() + " had before the restore back in its place, and what was written since aside"
 	if o.dryRun {
+		if _, err := a.Provision.CheckReturn(ctx, t, op.ID); err != nil {
+			return err
+		}
 		e.say("would %s", what)
 		return showOne(e, restoredRow{Restored: provision.Restored{Tenant: t, Operation: op.ID}}, restoredColumns[:2])
 	}

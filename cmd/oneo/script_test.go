@@ -82,6 +82,19 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("exit code %s, want %s", code, args[0])
 				}
 			},
+			// remember VAR KEY: keeps a value of the JSON object that the last command has written.
+			"remember": func(ts *testscript.TestScript, neg bool, args []string) {
+				if neg || len(args) != 2 {
+					ts.Fatalf("usage: remember VAR KEY")
+				}
+				var object map[string]any
+				ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &object))
+				value, there := object[args[1]].(string)
+				if !there {
+					ts.Fatalf("no text %q in %v", args[1], object)
+				}
+				ts.Setenv(args[0], value)
+			},
 			// sql TEXT, or sql @FILE: runs statements as the owner, past oneo.
 			"sql": func(ts *testscript.TestScript, neg bool, args []string) {
 				if neg || len(args) != 1 {

@@ -38,7 +38,7 @@ var All = []string{
 	"down.before", "down.applied", "down.after",
 	"point.made", "point.copied", "point.noted", "point.expired",
 	"undo.before", "undo.built", "undo.kept", "undo.filled", "undo.placed", "undo.after",
-	"export.begun", "export.table", "load.begun", "load.table", "load.checked",
+	"export.begun", "export.table", "load.begun", "load.table", "load.checked", "merge.table",
 	"backup.begun", "backup.stored", "backup.recorded",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",

@@ -145,7 +145,7 @@ func TestKillEverywhere(t *testing.T) {
 			// Runs over the fleet and backups are killed in cmd/oneo, migrations of one tenant in pkg/migrate, undo points in
 			// pkg/snapshot, archives and moves in pkg/transfer.
 			switch kind, _, _ := strings.Cut(place, "."); kind {
-			case "run", "migrate", "down", "sql", "point", "undo", "export", "load", "move", "backup":
+			case "run", "migrate", "down", "sql", "point", "undo", "export", "load", "merge", "move", "backup":
 				continue
 			}
 			t.Run(group+" "+place, func(t *testing.T) {

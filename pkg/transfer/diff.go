@@ -29,11 +29,16 @@ type Difference struct {
 // errOnlyAsked rolls back what was done to answer a question.
 var errOnlyAsked = errors.New("only asked")
 
-// Diff says what Restore would change, table by table, and changes nothing: the archive is loaded beside the tenant, brought
-// to the newest version, compared with what is there, and rolled back. Faults: those of Restore.
-func (x *Transfers) Diff(ctx context.Context, t tenant.Tenant, r io.Reader, foreign bool, o Loading) (all []Difference, err error) {
+// Diff says what Restore would change, table by table, or Merge of some parts, and changes nothing: the archive is loaded beside
+// the tenant, brought to the newest version, compared with what is there, and rolled back. Faults: those of Restore and Merge.
+func (x *Transfers) Diff(ctx context.Context, t tenant.Tenant, r io.Reader, foreign bool, parts Parts, o Loading) (all []Difference, err error) {
 	err = x.beside(ctx, t, r, foreign, o, func(ctx context.Context, tx *postgres.OwnerTx, live, beside structure.Schema) error {
-		if all, err = differences(ctx, tx, live.Name, beside.Name, nil); err != nil {
+		if parts.IsZero() {
+			all, err = differences(ctx, tx, live.Name, beside.Name, nil)
+		} else {
+			_, all, err = x.preview(ctx, tx, t, live.Name, beside.Name, parts)
+		}
+		if err != nil {
 			return err
 		}
 		return errOnlyAsked
@@ -71,6 +76,13 @@ type compared struct {
 	only    string   // a condition on the rows of both sides, of constants; empty: all
 	live    bool     // the tenant has the table
 	beside  bool     // the archive has
+	lacking string   // a column that the archive has and the tenant has not; empty: none
+	always  []string // columns that PostgreSQL alone gives a value: they cannot be put back
+
+	// How it is merged.
+	overwrite   bool
+	anyConflict bool              // what any rule forbids stays away, not only what is there already
+	values      map[string]string // what a column gets instead of the archive's value
 }
 
 // comparable lists the tables of two schemas, as they are to be compared.
@@ -84,6 +96,10 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 		return nil, err
 	}
 	keys, err := keysOf(ctx, tx, live)
+	if err != nil {
+		return nil, err
+	}
+	always, err := alwaysOf(ctx, tx, live)
 	if err != nil {
 		return nil, err
 	}
@@ -103,6 +119,12 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 		}
 		c := &all[i]
 		c.beside = true
+		for _, column := range t.columns {
+			if !slices.Contains(c.columns, column) {
+				c.lacking = column
+			}
+		}
+		c.always = always[c.name]
 		c.columns = slices.DeleteFunc(c.columns, func(column string) bool { return !slices.Contains(t.columns, column) })
 		if keys[c.name].types == others[c.name].types {
 			c.key = keys[c.name].columns
@@ -110,6 +132,23 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 	}
 	slices.SortFunc(all, func(a, b compared) int { return strings.Compare(a.name, b.name) })
 	return all, nil
+}
+
+// alwaysOf lists the columns of a schema's tables that PostgreSQL alone gives a value.
+func alwaysOf(ctx context.Context, q postgres.Querier, schema string) (map[string][]string, error) {
+	const query = `select c.relname::text, a.attname::text from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid
+where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and a.attidentity = 'a'`
+	rows, err := q.Query(ctx, query, schema)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string][]string{}
+	var name, column string
+	_, err = pgx.ForEachRow(rows, []any{&name, &column}, func() error {
+		all[name] = append(all[name], column)
+		return nil
+	})
+	return all, err
 }
 
 // key is a table's primary key.
@@ -181,14 +220,18 @@ func (c compared) sql(live, beside string) string {
 		return "select 0::bigint, count(*), 0::bigint, 0::bigint from " + side(live)
 	case len(c.key) == 0:
 		one := func(schema string) string {
-			return "select " + c.digest("t") + " as v, count(*) as n from " + side(schema) + " group by 1"
+			return "select " + c.digest() + " as v, count(*) as n from " + side(schema) + " group by 1"
 		}
 		return `select coalesce(sum(greatest(coalesce(b.n, 0) - coalesce(l.n, 0), 0)), 0)::bigint, coalesce(sum(greatest(coalesce(l.n, 0) - coalesce(b.n, 0), 0)), 0)::bigint,
 	0::bigint, coalesce(sum(least(l.n, b.n)) filter (where l.n is not null and b.n is not null), 0)::bigint
 from (` + one(live) + `) l full join (` + one(beside) + `) b on b.v = l.v`
 	}
 	one := func(schema string) string {
-		list := c.digest("t") + " as v"
+		from := c
+		if schema == live {
+			from.values = nil
+		}
+		list := from.digest() + " as v"
 		for i, k := range c.key {
 			list += fmt.Sprintf(", t.%s as k%d", postgres.Quote(k), i)
 		}
@@ -202,9 +245,9 @@ from (` + one(live) + `) l full join (` + one(beside) + `) b on b.v = l.v`
 from (` + one(live) + `) l full join (` + one(beside) + `) b on ` + strings.Join(on, " and ")
 }
 
-// digest is that of a row's values, of an alias.
-func (c compared) digest(alias string) string {
-	return "pg_catalog.sha256(pg_catalog.convert_to(" + c.row(alias) + ", 'UTF8'))"
+// digest is that of the values of a row t.
+func (c compared) digest() string {
+	return "pg_catalog.sha256(pg_catalog.convert_to(" + c.row("t") + ", 'UTF8'))"
 }
 
 // row is a row's values as text.
@@ -212,6 +255,9 @@ func (c compared) row(alias string) string {
 	quoted := make([]string, len(c.columns))
 	for i, column := range c.columns {
 		quoted[i] = alias + "." + postgres.Quote(column)
+		if v := c.values[column]; v != "" && alias == "t" {
+			quoted[i] = v
+		}
 	}
 	return "row(" + strings.Join(quoted, ", ") + ")::text"
 }

@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 
 // task is one thing done by a process of its own.
 type task struct {
-	What   string // export, import, clone or move
+	What   string // export, import, clone, move, restore or merge
 	Number int32  // of the tenant that is exported or cloned
 	File   string
 	As     string
@@ -109,6 +109,20 @@ func (k task) child() error {
 			return err
 		}
 		_, err = p.Clone(ctx, t, transfer.CloneOptions{Slug: slug, Actor: "test"})
+		return err
+	}
+	switch k.What {
+	case "restore", "merge":
+		f, err := os.Open(k.File)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if k.What == "restore" {
+			_, _, err = p.Restore(ctx, t, f, time.Hour, false, transfer.Loading{Actor: "test"})
+			return err
+		}
+		_, err = p.Merge(ctx, t, f, false, transfer.Parts{Tables: []string{"authors", "books"}}, func([]transfer.Difference) error { return nil }, transfer.Loading{Actor: "test"})
 		return err
 	}
 	return store.WriteFile(ctx, k.File, func(w io.Writer) error {
@@ -236,6 +250,14 @@ func TestKillEverywhere(t *testing.T) {
 	}
 	require.Greater(t, tried, 10)
 	f.Invariants(t)
+}
+
+// file is an archive on disk.
+func (f *fixture) file(b []byte) string {
+	f.t.Helper()
+	name := filepath.Join(f.t.TempDir(), "archive")
+	require.NoError(f.t, os.WriteFile(name, b, 0o600))
+	return name
 }
 
 func registryTenant(f *fixture, slug string) (t tenant.Tenant, err error) {
