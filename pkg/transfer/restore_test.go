@@ -14,6 +14,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -101,6 +102,35 @@ func TestRestoreOfAnOlderVersion(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, 1, f.count(`select version from public.placements where number = $1`, one.Number))
 	require.Equal(t, 1, f.count(`select count(*) from public.ledger where set = 'tenant' and tenant = $1`, one.Number))
+	f.Invariants(t)
+}
+
+// The binary of before takes a tenant back that a newer one has migrated, and gives it back as it was: with the ledger's rows of
+// a migration that it does not know.
+func TestRestoreByAnOlderBinary(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	old := f.with(first)
+	one := f.tenant(old, "acme")
+	f.in(one, rows)
+	b, _ := f.export(old, one)
+	p := f.with(first, `alter table authors add column initial text`)
+	_, err := p.migrate.Tenant(t.Context(), one, migrate.TenantOptions{})
+	require.NoError(t, err)
+	f.in(one, `update authors set initial = left(name, 1)`)
+	const ledger = `select string_agg(l::text, E'\n' order by version) from public.ledger l where set = 'tenant' and tenant = $1`
+	var before, after string
+	require.NoError(t, f.admin.QueryRow(t.Context(), ledger, one.Number).Scan(&before))
+	done, err := f.restore(old, one, b)
+	require.NoError(t, err)
+	require.Equal(t, 1, f.count(`select version from public.placements where number = $1`, one.Number))
+	f.Invariants(t)
+	_, err = old.provision.Return(t.Context(), one.Slug, done.Operation, "test")
+	require.NoError(t, err)
+	require.Equal(t, 2, f.count(`select version from public.placements where number = $1`, one.Number))
+	require.NoError(t, f.admin.QueryRow(t.Context(), ledger, one.Number).Scan(&after))
+	require.Equal(t, before, after)
+	require.Equal(t, "A", f.ask(one, `select initial from authors where name = 'Ada'`))
 	f.Invariants(t)
 }
 
