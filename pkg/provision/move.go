@@ -786,7 +786,11 @@ select $2, number, $3, $4, namespace, version, (select coalesce(pg_catalog.jsonb
 			if err := rename(ctx, tx, schema, away); err != nil {
 				return err
 			}
-			if err := mayUse(ctx, tx, m.t, "revoke", away); err != nil {
+			rights, err := rightsIn(ctx, tx, away)
+			if err != nil {
+				return err
+			}
+			if err := keepOut(ctx, tx, away, rights); err != nil {
 				return err
 			}
 		} else {

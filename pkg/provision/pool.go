@@ -151,7 +151,14 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 		return err
 	}
 	schema := tenant.SpareSchema(number)
-	err = p.build(ctx, tx, inst, plot{number: number, schema: schema, state: spare}, func() error { return nameless(ctx, tx, schema.String(), true) })
+	err = p.build(ctx, tx, inst, plot{number: number, schema: schema, state: spare}, func() error {
+		what, err := holdsName(ctx, tx, schema.String(), true)
+		if err == nil && what != "" {
+			err = fault.New(fault.Conflict, "no schema can be made ahead from these migrations: %s holds the schema's name as text", what).
+				WithCode(codeNotSpare).WithHint("write it without the name, or set provisioning.pool_size to 0")
+		}
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -169,10 +176,10 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 
 const codeNotSpare = "no_spares"
 
-// nameless refuses tables that hold the name of their schema as text, as of a function with "set search_path from
-// current" or, where rows are to be looked at, in a row: renaming the schema would leave them behind. The transaction is
-// bound to the schema.
-func nameless(ctx context.Context, tx *postgres.OwnerTx, schema string, inRows bool) error {
+// holdsName names something of a schema that holds the schema's name as text, as a function with "set search_path from
+// current" or, where rows are to be looked at, a row: renaming the schema would leave it behind. Empty: there is nothing. The
+// transaction is bound to the schema.
+func holdsName(ctx context.Context, tx *postgres.OwnerTx, schema string, inRows bool) (what string, err error) {
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1::text),
 named as materialized ( -- or every schema of the database would be looked through
 	select 'the function ' || f.proname as what, f.prosrc || ' ' || coalesce(f.proconfig::text, '') as body
@@ -198,21 +205,13 @@ select coalesce(pg_catalog.min(what), ''), (
 		'a row of ' || c.relname, c.oid::pg_catalog.regclass), ' union all '), '')
 	from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('r', 'm'))
 from named where pg_catalog.strpos(body, $1) > 0`
-	var what, rows string
-	if err := tx.QueryRow(ctx, query, schema).Scan(&what, &rows); err != nil {
-		return err
+	var rows string
+	if err := tx.QueryRow(ctx, query, schema).Scan(&what, &rows); err != nil || what != "" || rows == "" || !inRows {
+		return what, err
 	}
-	if what == "" && rows != "" && inRows {
-		const first = `select coalesce((select min(what) from (%s) as found (what)), '')`
-		if err := tx.QueryRow(ctx, fmt.Sprintf(first, rows), schema).Scan(&what); err != nil {
-			return err
-		}
-	}
-	if what == "" {
-		return nil
-	}
-	return fault.New(fault.Conflict, "no schema can be made ahead from these migrations: %s holds the schema's name as text", what).
-		WithCode(codeNotSpare).WithHint("write it without the name, or set provisioning.pool_size to 0")
+	const first = `select coalesce((select min(what) from (%s) as found (what)), '')`
+	err = tx.QueryRow(ctx, fmt.Sprintf(first, rows), schema).Scan(&what)
+	return what, err
 }
 
 // spareState is one spare as the keeper sees it.

@@ -265,10 +265,14 @@ func unchanged(ctx context.Context, tx *postgres.OwnerTx, c change) error {
 	}
 	// The epoch tells a tenant that was undropped and dropped again, whose grace has begun anew, from one that was not.
 	if slug != c.tenant.Slug.String() || schema != c.tenant.Schema.String() || state != string(c.tenant.State) || epoch != c.tenant.Epoch {
-		return fault.New(fault.Conflict, "the tenant was changed by somebody else in between: it is %s now", state).
-			WithCode("tenant_changed").WithTenant(slug).WithHint("oneo tenant show %s", slug)
+		return tenantChanged(slug, state)
 	}
 	return nil
+}
+
+func tenantChanged(slug, state string) error {
+	return fault.New(fault.Conflict, "the tenant was changed by somebody else in between: it is %s now", state).
+		WithCode("tenant_changed").WithTenant(slug).WithHint("oneo tenant show %s", slug)
 }
 
 // emptyPath takes back the search path that a script has set: what follows it is on the shared tables.

@@ -108,6 +108,17 @@ func (p *Provisioner) Beside(ctx context.Context, slug tenant.Slug, fill Filling
 		if err := tx.LockOperation(ctx, t.Number, p.o.GateWait); err != nil {
 			return err
 		}
+		// Another operation may have come before the lock: the tenant's tables may be elsewhere by now.
+		err := p.inRegistry(ctx, tx, t.Group, func(tx *postgres.OwnerTx) error {
+			now, err := registry.ByNumber(ctx, tx, t.Number)
+			if err == nil && (now.Epoch != t.Epoch || now.Group != t.Group || now.State != t.State) {
+				err = tenantChanged(now.Slug.String(), string(now.State))
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
 		beside, err := p.fillBeside(ctx, tx, t, fill)
 		if err != nil {
 			return err
@@ -170,8 +181,13 @@ func (p *Provisioner) fillBeside(ctx context.Context, tx *postgres.OwnerTx, t te
 	}
 	// While the path is bound, or every name of the schema's own would be taken for a text.
 	// Rows of the archive cannot know this name; those that a later migration has written may.
-	if err := nameless(ctx, tx, schema.String(), fill.Version < head); err != nil {
+	what, err := holdsName(ctx, tx, schema.String(), fill.Version < head)
+	if err != nil {
 		return into, err
+	}
+	if what != "" {
+		return into, fault.New(fault.Conflict, "the tenant cannot be restored in place: %s would hold the name of another schema as text", what).WithCode("schema_named").
+			WithHint("restore it under another name: --as NAME")
 	}
 	if err := tx.Script(ctx, emptyPath); err != nil {
 		return into, err
@@ -218,22 +234,26 @@ func (p *Provisioner) lockGate(ctx context.Context, tx *postgres.OwnerTx, number
 }
 
 // keeps is what public.replaced remembers of a tenant that is taken out of use. Its transaction may be hours old.
-const keeps = `insert into public.replaced (operation, tenant, schema, namespace, version, reader, ledger, progress, made_at, expires_at)
+const keeps = `insert into public.replaced (operation, tenant, schema, namespace, version, reader, ledger, progress, rights, made_at, expires_at)
 select $2, number, $3, namespace, version, reader,
 	(select coalesce(pg_catalog.jsonb_agg(l), '[]') from public.ledger l where l.set = 'tenant' and l.tenant = $1),
-	(select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = $1), pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + $4::interval
+	(select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = $1), $5, pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + $4::interval
 from public.placements where number = $1 returning expires_at`
 
 // swapIn renames what is there away and what was filled to its place. The caller holds the gate.
 func (p *Provisioner) swapIn(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, operation uuid.UUID, keep time.Duration) (until time.Time, err error) {
 	away := tenant.ReplacedSchema(t.Number, shortID(operation)).String()
-	if err := tx.QueryRow(ctx, keeps, t.Number, operation, away, keep).Scan(&until); err != nil {
+	all, err := rightsIn(ctx, tx, t.Schema.String())
+	if err != nil {
+		return until, err
+	}
+	if err := tx.QueryRow(ctx, keeps, t.Number, operation, away, keep, all).Scan(&until); err != nil {
 		return until, err
 	}
 	if err := rename(ctx, tx, t.Schema.String(), away, tenant.RestoreSchema(t.Number).String(), t.Schema.String()); err != nil {
 		return until, err
 	}
-	if err := mayUse(ctx, tx, t, "revoke", away); err != nil {
+	if err := keepOut(ctx, tx, away, all); err != nil {
 		return until, err
 	}
 	const clean = `with a as (delete from public.ledger where set = 'tenant' and tenant = $1)
@@ -259,14 +279,65 @@ func rename(ctx context.Context, tx *postgres.OwnerTx, names ...string) error {
 	return tx.Script(ctx, sql)
 }
 
-// mayUse lets the tenant's role into a schema (grant), or keeps it out (revoke): what is kept is the owner's alone.
-func mayUse(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, verb, schema string) error {
-	var role string
-	if err := tx.QueryRow(ctx, `select role from public.placements where number = $1`, t.Number).Scan(&role); err != nil {
-		return err
+// right is what somebody may do with a schema.
+type right struct {
+	Role      string `json:"role"` // empty: everybody
+	Privilege string `json:"privilege"`
+	Grantable bool   `json:"grantable"`
+}
+
+// rightsIn reads who but its owner may do what with a schema: the tenant's role, and whom a person has let in.
+func rightsIn(ctx context.Context, tx *postgres.OwnerTx, schema string) ([]right, error) {
+	const query = `select coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantable
+from pg_catalog.pg_namespace n cross join lateral pg_catalog.aclexplode(n.nspacl) a left join pg_catalog.pg_roles r on r.oid = a.grantee
+where n.nspname = $1 and a.grantee <> n.nspowner order by 1, 2`
+	rows, err := tx.Query(ctx, query, schema)
+	if err != nil {
+		return nil, err
 	}
-	preposition := map[string]string{"grant": " to ", "revoke": " from "}[verb]
-	return tx.Script(ctx, verb+" usage on schema "+postgres.Quote(schema)+preposition+postgres.Quote(role))
+	all, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (r right, err error) {
+		return r, row.Scan(&r.Role, &r.Privilege, &r.Grantable)
+	})
+	if all == nil {
+		all = []right{} // never null in the database
+	}
+	return all, err
+}
+
+// to is the role as SQL writes it.
+func (r right) to() string {
+	if r.Role == "" {
+		return "public"
+	}
+	return postgres.Quote(r.Role)
+}
+
+// keepOut takes all rights in a schema away: what is kept is the owner's alone.
+func keepOut(ctx context.Context, tx *postgres.OwnerTx, schema string, all []right) error {
+	sql := ""
+	for _, r := range all {
+		sql += "revoke all on schema " + postgres.Quote(schema) + " from " + r.to() + " cascade;\n"
+	}
+	return tx.Script(ctx, sql)
+}
+
+// letIn gives rights in a schema back to those who are still there.
+func letIn(ctx context.Context, tx *postgres.OwnerTx, schema string, all []right) error {
+	sql := ""
+	for _, r := range all {
+		var there bool
+		if err := tx.QueryRow(ctx, `select $1 = '' or exists (select from pg_catalog.pg_roles where rolname = $1)`, r.Role).Scan(&there); err != nil {
+			return err
+		}
+		if verb, known := map[string]string{"USAGE": "usage", "CREATE": "create"}[r.Privilege]; there && known {
+			sql += "grant " + verb + " on schema " + postgres.Quote(schema) + " to " + r.to()
+			if r.Grantable {
+				sql += " with grant option"
+			}
+			sql += ";\n"
+		}
+	}
+	return tx.Script(ctx, sql)
 }
 
 // shortID tells operations apart by the end of their ids: the beginning is a time.
@@ -364,26 +435,31 @@ func swapBack(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, restor
 		Reader    int
 		Ledger    json.RawMessage
 		Progress  json.RawMessage
+		Rights    []right
 	}
-	const read = `select schema, namespace, version, reader, ledger, progress from public.replaced where operation = $1`
-	if err := tx.QueryRow(ctx, read, restore).Scan(&kept.Schema, &kept.Namespace, &kept.Version, &kept.Reader, &kept.Ledger, &kept.Progress); err != nil {
+	const read = `select schema, namespace, version, reader, ledger, progress, rights from public.replaced where operation = $1`
+	if err := tx.QueryRow(ctx, read, restore).Scan(&kept.Schema, &kept.Namespace, &kept.Version, &kept.Reader, &kept.Ledger, &kept.Progress, &kept.Rights); err != nil {
 		return err
 	}
-	const remember = `update public.replaced r set namespace = p.namespace, version = p.version, reader = p.reader, undone_at = pg_catalog.clock_timestamp(), undone_by = $2,
+	all, err := rightsIn(ctx, tx, t.Schema.String())
+	if err != nil {
+		return err
+	}
+	const remember = `update public.replaced r set namespace = p.namespace, version = p.version, reader = p.reader, undone_at = pg_catalog.clock_timestamp(), undone_by = $2, rights = $3,
 	ledger = (select coalesce(pg_catalog.jsonb_agg(l), '[]') from public.ledger l where l.set = 'tenant' and l.tenant = p.number),
 	progress = (select coalesce(pg_catalog.jsonb_agg(g), '[]') from public.progress g where g.tenant = p.number)
 from public.placements p where r.operation = $1 and p.number = r.tenant`
-	if _, err := tx.Exec(ctx, remember, restore, by); err != nil {
+	if _, err := tx.Exec(ctx, remember, restore, by, all); err != nil {
 		return err
 	}
 	between := tenant.RestoreSchema(t.Number).String()
 	if err := rename(ctx, tx, t.Schema.String(), between, kept.Schema, t.Schema.String(), between, kept.Schema); err != nil {
 		return err
 	}
-	if err := mayUse(ctx, tx, t, "revoke", kept.Schema); err != nil {
+	if err := keepOut(ctx, tx, kept.Schema, all); err != nil {
 		return err
 	}
-	if err := mayUse(ctx, tx, t, "grant", t.Schema.String()); err != nil {
+	if err := letIn(ctx, tx, t.Schema.String(), kept.Rights); err != nil {
 		return err
 	}
 	const clean = `with a as (delete from public.ledger where set = 'tenant' and tenant = $1)
@@ -397,7 +473,7 @@ insert into public.progress select * from pg_catalog.jsonb_populate_recordset(nu
 		return err
 	}
 	const place = `update public.placements set namespace = $2, version = $3, reader = $4, epoch = epoch + 1, updated_at = pg_catalog.now() where number = $1`
-	_, err := tx.Exec(ctx, place, t.Number, kept.Namespace, kept.Version, kept.Reader)
+	_, err = tx.Exec(ctx, place, t.Number, kept.Namespace, kept.Version, kept.Reader)
 	return err
 }
 

@@ -279,6 +279,61 @@ func TestBesideALongRestore(t *testing.T) {
 	f.invariants(t)
 }
 
+// What is loaded beside a tenant is compared with the tenant as it is when nobody else changes it any more.
+func TestBesideATenantThatWasChanged(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	f.prepare(t, "restore", "main")
+	tn, err := find(t.Context(), f.db, "acme")
+	require.NoError(t, err)
+	other := pgtest.Admin(t, f.env.AdminURL)
+	_, err = other.Exec(t.Context(), `select pg_advisory_lock($1::int4, $2::int4)`, postgres.OperationLock, tn.Number)
+	require.NoError(t, err)
+	ended := make(chan error, 1)
+	go func() {
+		ended <- f.p.Beside(context.Background(), tn.Slug, oneUser("restored"), func(context.Context, *postgres.OwnerTx, structure.Schema, structure.Schema) error { return nil })
+	}()
+	f.eventually(t, `select exists (select from pg_stat_activity where datname = `+f.database("main")+` and query like '%pg_try_advisory_xact_lock%' and pid <> pg_backend_pid())`)
+	_, err = other.Exec(t.Context(), `update public.tenants set epoch = epoch + 1`)
+	require.NoError(t, err)
+	_, err = other.Exec(t.Context(), `select pg_advisory_unlock_all()`)
+	require.NoError(t, err)
+	requireFault(t, <-ended, fault.Conflict, "tenant_changed")
+	f.invariants(t)
+}
+
+// Whom a person has let into the tenant's schema is kept out of what is kept, and is let in again by the undo.
+func TestOthersRightsAreKept(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	ctx := t.Context()
+	f.prepare(t, "restore", "main")
+	admin := pgtest.Admin(t, f.env.AdminURL)
+	role := "report_" + f.env.Database
+	_, err := admin.PgConn().Exec(ctx, "create role "+role+"; create role "+role+"_gone; grant usage on schema acme to "+role+" with grant option; grant usage on schema acme to "+role+"_gone").ReadAll()
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		_, err := admin.PgConn().Exec(context.Background(), "drop owned by "+role+"; drop role "+role).ReadAll()
+		require.NoError(t, err)
+	})
+	may := func() string {
+		return f.scalar(t, `select coalesce(string_agg(n.nspname::text || ' ' || a.is_grantable::text, ', ' order by n.nspname), '') from pg_namespace n, aclexplode(n.nspacl) a where a.grantee = '`+role+`'::regrole`)
+	}
+	require.Equal(t, "acme true", may())
+	done := f.restore(t, "restored")
+	require.Empty(t, may())
+	f.invariants(t)
+	_, err = admin.Exec(ctx, "drop role "+role+"_gone")
+	require.NoError(t, err)
+	_, err = admin.Exec(ctx, "grant usage on schema acme to public")
+	require.NoError(t, err)
+	_, err = f.p.Return(ctx, pgtest.Slug(t, "acme"), done.Operation, "test")
+	require.NoError(t, err)
+	require.Equal(t, "acme true", may())
+	require.Equal(t, "before@acme.example", f.users(t, "acme"))
+	f.invariants(t)
+}
+
 // A restore, and its undo, need one connection: an owner's pool of one must not wait for itself.
 func TestRestoreWithOneConnection(t *testing.T) {
 	t.Parallel()
