@@ -335,6 +335,63 @@ func TestMoveUnderLoad(t *testing.T) {
 	f.Invariants(t)
 }
 
+// Who was writing when the tenant is frozen is waited for, and what was written is in the copy.
+func TestMoveWaitsForWriters(t *testing.T) {
+	t.Parallel()
+	f := newMoving(t, false)
+	one := f.tenant(f.p, "acme")
+	written := make(chan struct{})
+	var moved sync.WaitGroup
+	var werr, merr error
+	moved.Go(func() {
+		werr = f.DB.InTenant(context.Background(), one, postgres.Write, func(tx *postgres.Tx) error {
+			_, err := tx.Exec(context.Background(), `insert into log (what) values ('in flight')`)
+			close(written)
+			if err == nil {
+				// Until the move waits for this transaction, or has gone by.
+				const waits = `select exists (select from pg_locks where locktype = 'advisory' and not granted and database = (select oid from pg_database where datname = current_database()))
+	or exists (select from public.placements where state <> 'active')`
+				for there, deadline := false, time.Now().Add(pgtest.Patience); !there && err == nil && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+					err = f.admin.QueryRow(context.Background(), waits).Scan(&there)
+				}
+			}
+			return err
+		})
+	})
+	<-written
+	moved.Go(func() { _, merr = f.move(one, "second") })
+	moved.Wait()
+	require.NoError(t, merr)
+	require.NoError(t, werr)
+	require.Equal(t, "(1,\"in flight\")", f.whole(f.second, "acme")["log"])
+}
+
+// A process that another one has taken up the move of, while it stood still, switches nothing any more.
+func TestAMoveTakenForDead(t *testing.T) {
+	t.Parallel()
+	for _, place := range []string{"move.frozen", "move.copied", "move.verified"} {
+		t.Run(place, func(t *testing.T) {
+			t.Parallel()
+			f := newMoving(t, false)
+			one := f.tenant(f.p, "acme")
+			f.in(one, rows)
+			before := f.whole(f.admin, "acme")
+			on := f.paused(t, place)
+			_, err := f.admin.Exec(t.Context(), `update public.operations set attempts = attempts + 1 where state = 'running'`) // as whoever takes it up does
+			require.NoError(t, err)
+			code, out := on()
+			require.Equal(t, 1, code, out)
+			require.Contains(t, out, "another process has taken the move")
+			require.Equal(t, postgres.MainGroup, f.now(one).Group)
+			require.Error(t, f.write(one, "the other one is at work"))
+			require.Eventually(t, func() bool { code, out = f.task().process(t, ""); return code == 0 }, time.Minute, 100*time.Millisecond, "%s", out)
+			require.Equal(t, before, f.whole(f.second, "acme"))
+			require.Equal(t, []string{"second"}, f.writable(one.Number))
+			f.Invariants(t)
+		})
+	}
+}
+
 func (f *moving) task() task {
 	return task{What: "move", As: "acme", Into: "second", Base: f.Base.String(), Groups: f.groups}
 }
