@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -94,4 +95,32 @@ create event trigger no on ddl_command_start when tag in ('CREATE TABLE') execut
 	_, err = there.Exec(t.Context(), `drop event trigger no`)
 	require.NoError(t, err)
 	c.run(0, "tenant move acme --to second")
+}
+
+// A server that has not heard of a move, because there is no Redis, refuses by the old place's own word, once, and then goes
+// to the new one: with the same key.
+func TestMoveUnderAServer(t *testing.T) {
+	t.Parallel()
+	c, _ := newTwoServers(t)
+	extra := c.environ[len(patience):]
+	c.run(0, "tenant create acme")
+	_, token := userKey(t, c.env, extra, "acme", "ada@acme.example")
+	s := serve(t, c.env, extra...)
+	get := func() (int, string) { return s.do(t, "GET", "acme.localhost", "/api/v1/pipelines", token, "") }
+	for _, group := range []string{"second", "main"} {
+		status, body := get()
+		require.Equal(t, http.StatusOK, status, body)
+		c.run(0, "tenant move acme --to "+group)
+		if status, body = get(); status != http.StatusOK { // it may have asked the registry just now
+			require.Equal(t, http.StatusServiceUnavailable, status, body)
+			require.Contains(t, body, "tenant_moved")
+			status, body = get()
+		}
+		require.Equal(t, http.StatusOK, status, body)
+		status, body = s.do(t, "POST", "acme.localhost", "/api/v1/pipelines", token, `{"key":"`+group+`","name":"`+group+`"}`)
+		require.Equal(t, http.StatusCreated, status, body)
+	}
+	_, body := get()
+	require.Contains(t, body, `"second"`)
+	c.env.Invariants(t)
 }

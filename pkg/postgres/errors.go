@@ -68,11 +68,12 @@ func fromState(err error, pe *pgconn.PgError) error {
 			return fault.Wrap(err, fault.Suspended, "this tenant is not available at the moment").
 				WithCode("tenant_suspended").WithRetry(30 * time.Second)
 		}
-		for _, state := range []string{"moving", "moved", "arriving"} {
-			if strings.HasSuffix(pe.Message, state) {
-				return fault.Wrap(err, fault.Suspended, "this tenant is being moved: it can be read, and written again in a moment").
-					WithCode("tenant_moving").WithRetry(2 * time.Second)
-			}
+		if strings.HasSuffix(pe.Message, "moved") { // and whoever came here has not heard of it
+			return fault.Wrap(err, fault.Suspended, "this tenant has just been moved").WithCode("tenant_moved").WithRetry(time.Second)
+		}
+		if strings.HasSuffix(pe.Message, "moving") || strings.HasSuffix(pe.Message, "arriving") {
+			return fault.Wrap(err, fault.Suspended, "this tenant is being moved: it can be read, and written again in a moment").
+				WithCode("tenant_moving").WithRetry(2 * time.Second)
 		}
 		return fault.Wrap(err, fault.Gone, "this tenant has been removed").WithCode("tenant_gone")
 	case stateVersion:

@@ -154,6 +154,10 @@ func (s *Server) fail(x *exchange, err error) {
 		// The tenant's place is not configured at this instance. Nobody at a tenant's host chose it or can mend it.
 		err = fault.Wrap(err, fault.Unavailable, "the tenant's database group is not configured here")
 	}
+	if x.realm == tenantRealm && fault.Of(err).Code == "tenant_moved" {
+		// Its old place says what this instance had not heard: the next request asks the registry.
+		s.opts.Resolver.Forget(x.r.Context(), x.host)
+	}
 	p, header := problemOf(err, x.id, x.r.URL.EscapedPath())
 	for k, v := range header {
 		x.w.Header()[k] = v

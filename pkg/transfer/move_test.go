@@ -159,7 +159,7 @@ func TestMove(t *testing.T) {
 	// A server that has not heard of it: neither written nor read, and told to come again.
 	for _, err := range []error{f.write(one, "stale"), f.read(one)} {
 		require.True(t, fault.Is(err, fault.Suspended), "%v", err)
-		require.Equal(t, "tenant_moving", fault.Of(err).Code)
+		require.Equal(t, "tenant_moved", fault.Of(err).Code)
 	}
 	require.NoError(t, f.write(done.Tenant, "at its new place"))
 	require.NoError(t, f.read(done.Tenant))
