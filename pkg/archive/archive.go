@@ -41,10 +41,13 @@ type Header struct {
 	Group  string `json:"group"`
 	// Postgres is the server's version as in server_version_num: 150018.
 	Postgres int `json:"postgres"`
+	// Words is the version of the words that Fingerprint and Base are made of.
+	Words int `json:"words"`
 	// Migrations are the applied ones in their order; the last one's version is the archive's.
 	Migrations []Migration `json:"migrations"`
 	// Fingerprint is the structure's, and Base that of what the migrations make: where they differ, Structure has what lies between. Neither
-	// depends on the schema's name; both hold for one major version of PostgreSQL.
+	// depends on the schema's name; both hold for one major version of PostgreSQL
+	// and one version of the words.
 	Fingerprint string `json:"fingerprint"`
 	Base        string `json:"base"`
 	// Empty says that the rows were left out: a tenant that is made of it begins with those that its migrations insert.

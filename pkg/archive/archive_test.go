@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -358,12 +360,55 @@ func TestRoundTripOfAnything(t *testing.T) {
 	})
 }
 
+// released are the archives of all formats that there ever were, by their names.
+func released(t testing.TB) map[string][]byte {
+	files, err := filepath.Glob("testdata/v*/*.oneo")
+	require.NoError(t, err)
+	all := map[string][]byte{}
+	for _, name := range files {
+		all[filepath.ToSlash(name)], err = os.ReadFile(name)
+		require.NoError(t, err)
+	}
+	return all
+}
+
+// Archives of each released format are read for ever. How they were made says TestReleasedArchives in pkg/transfer.
+func TestReleased(t *testing.T) {
+	t.Parallel()
+	all := released(t)
+	require.Contains(t, all, "testdata/v1/plain.oneo")
+	require.Contains(t, all, "testdata/v1/passphrase.oneo")
+	require.Contains(t, all, "testdata/v1/custom.oneo")
+	word, err := archive.PassphraseIdentity("correct horse battery staple")
+	require.NoError(t, err)
+	of := map[string]content{}
+	for name, b := range all {
+		c, trailer, err := read(bytes.NewReader(b), archive.ReadOptions{Identities: []archive.Identity{word}})
+		require.NoError(t, err, name)
+		require.Equal(t, "released", c.Header.Slug, name)
+		require.Equal(t, 1, c.Header.Version(), name)
+		require.GreaterOrEqual(t, trailer.Rows(), int64(9), name)
+		of[name] = c
+	}
+	plain, locked := of["testdata/v1/plain.oneo"], of["testdata/v1/passphrase.oneo"]
+	locked.Header.Made = plain.Header.Made
+	require.Equal(t, plain, locked)
+	require.Empty(t, plain.Structure.Custom)
+	require.NotEmpty(t, of["testdata/v1/custom.oneo"].Structure.Custom)
+	keys, err := archive.Keys(bytes.NewReader(all["testdata/v1/passphrase.oneo"]))
+	require.NoError(t, err)
+	require.Equal(t, []string{archive.PassphraseKey}, keys)
+}
+
 // The reader stands whatever it is given, and believes only what a writer has written.
 func FuzzReader(f *testing.F) {
 	small := sample()
 	small.Rows[1], small.Counts[1] = []byte("1\ta\n"), 1
 	f.Add(bytesOf(f, small))
 	f.Add([]byte("oneo archive\n{\"format\":1}\n\x00\x00\x00\x00"))
+	for _, b := range released(f) {
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c, trailer, err := read(bytes.NewReader(b), archive.ReadOptions{MaxBytes: 1 << 20})
 		if err != nil {

@@ -48,8 +48,12 @@ type object struct {
 	ord        uint32
 }
 
+// Words is the version of the words in which structures are described. Whoever changes the description raises it: a hash that was
+// kept, in an archive, is compared with one of the same words only.
+const Words = 1
+
 // Hash is a fingerprint of the structure: 64 hex digits. It holds for one major version of PostgreSQL, whose words the
-// description uses.
+// description uses, and for one version of Words.
 func (s Structure) Hash() string { return s.hash }
 
 // IsZero reports whether s describes no schema at all. An empty schema is described.

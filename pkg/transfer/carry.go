@@ -93,7 +93,7 @@ func (x *Transfers) unload(ctx context.Context, r io.Reader, group string, arriv
 	}
 	defer a.Close()
 	var trailer archive.Trailer
-	fill, err := x.filling(ctx, a, group, Loading{CustomDDL: true, Progress: tell}, &trailer)
+	fill, err := x.filling(ctx, a, group, Loading{CustomDDL: true, ours: true, Progress: tell}, &trailer)
 	if err != nil {
 		return err
 	}

@@ -227,7 +227,7 @@ type source struct {
 func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenant.Tenant, at structure.Schema) (from source, err error) {
 	from = source{q: ses, at: at}
 	h := &from.header
-	*h = archive.Header{Made: time.Now().UTC(), Oneo: x.o.Version, Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group}
+	*h = archive.Header{Made: time.Now().UTC(), Oneo: x.o.Version, Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group, Words: structure.Words}
 	var beside int
 	const ask = `select pg_catalog.current_setting('server_version_num')::int, (select count(*) from public.progress where tenant = $1)`
 	if err := ses.QueryRow(ctx, ask, t.Number).Scan(&h.Postgres, &beside); err != nil {

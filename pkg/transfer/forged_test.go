@@ -6,11 +6,15 @@ import (
 	"errors"
 	"io"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/transfer"
 )
 
@@ -135,4 +139,151 @@ drop table seeded; alter table authors alter column born set default '2000-01-01
 	require.Equal(t, trailer.Tables, again.Tables)
 	require.Equal(t, trailer.Sequences, again.Sequences)
 	require.Equal(t, f.ask(one, `select count(*) from moods`), f.ask(two, `select count(*) from moods`))
+}
+
+// What comes in is compared with what an archive says of itself, whatever its checksums say: the count of rows, and the structure.
+func TestForgedCounts(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	b, trailer := f.export(p, one)
+	refused := func(kind fault.Kind, words string, change func(*forged)) {
+		_, err := f.load(p, forge(t, b, change), "copy", withDDL)
+		require.True(t, fault.Is(err, kind), "%v", err)
+		require.ErrorContains(t, err, words)
+		f.nothing("copy")
+	}
+	for i, s := range trailer.Tables {
+		refused(fault.Unverified, "rows in the archive", func(f *forged) { f.tables[i].count = s.Rows + 1 })
+	}
+	other := func(f *forged) { f.Fingerprint = "another structure" }
+	refused(fault.Conflict, "not the structure that was exported", other)
+	refused(fault.Conflict, "not the structure that was exported", func(f *forged) {
+		f.Custom = []archive.Statement{{Object: "table more", SQL: `create table more (id integer)`}}
+	})
+	refused(fault.Conflict, "not make", func(f *forged) { f.sequences[0].Name = "other" })
+	refused(fault.Conflict, "not make", func(f *forged) { f.tables[0].Name = "other" })
+	refused(fault.Conflict, "not make", func(f *forged) { f.tables[0].Columns = append(f.tables[0].Columns, "other") })
+	refused(fault.Unverified, "twice", func(f *forged) { f.tables = append(f.tables, f.tables[0]) })
+	_, err := f.load(p, forge(t, b, func(*forged) {}), "copy")
+	require.NoError(t, err, "what was forged by nothing is as it was")
+}
+
+var errEnough = errors.New("enough")
+
+// A stream is read once: a transaction that is begun again does not take what is left of it, nothing, for all of it.
+func TestStreamIsReadOnce(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(`create table notes (id integer)`)
+	one := f.tenant(p, "acme")
+	b, _ := f.export(p, one)
+	a, err := archive.NewReader(bytes.NewReader(b), archive.ReadOptions{})
+	require.NoError(t, err)
+	defer a.Close()
+	ctx := t.Context()
+	fill, err := p.Filling(ctx, a, postgres.MainGroup)
+	require.NoError(t, err)
+	load := func() (err error) {
+		terr := f.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+			if err = tx.Script(ctx, `create schema twice; create table twice.notes (id integer)`); err == nil {
+				err = fill.Rows(ctx, tx, structure.Schema{Name: "twice", Role: f.role(one)})
+			}
+			return errEnough
+		})
+		require.ErrorIs(t, terr, errEnough)
+		return err
+	}
+	first := load()
+	require.NotEqual(t, "import_interrupted", fault.Of(errors.Join(first, errEnough)).StableCode())
+	again := load()
+	require.True(t, fault.Is(again, fault.Conflict), "%v", again)
+	require.Equal(t, "import_interrupted", fault.Of(again).StableCode())
+}
+
+// Rows that a policy hides from who reads are in an export all the same, or there is none.
+func TestRowSecurityHidesNothing(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(`create table notes (id integer primary key); alter table notes enable row level security; create policy few on notes using (id = 1)`)
+	one := f.tenant(p, "acme")
+	f.in(one, `insert into notes values (1), (2), (3)`)
+	for _, format := range []transfer.Format{transfer.Archive, transfer.SQL, transfer.NDJSON} {
+		_, trailer := f.exportAs(p, "acme", format)
+		require.EqualValues(t, 3, trailer.Rows(), format)
+	}
+	b, _ := f.export(p, one)
+	_, err := f.load(p, b, "copy")
+	require.NoError(t, err)
+	f.in(one, `alter table notes force row level security`)
+	for _, format := range []transfer.Format{transfer.Archive, transfer.SQL, transfer.NDJSON} {
+		_, err := p.Export(t.Context(), one, io.Discard, transfer.ExportOptions{Format: format})
+		require.ErrorContains(t, err, "row-level security", format)
+	}
+}
+
+// Sequences are read when the rows have been: whatever an export holds, its sequences are ahead of it.
+func TestSequencesAreAheadOfRows(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(`create table notes (id integer generated always as identity primary key)`)
+	one := f.tenant(p, "acme")
+	f.in(one, `insert into notes default values`)
+	trailer, err := p.Export(t.Context(), one, io.Discard, transfer.ExportOptions{Begun: func(archive.Header) {
+		f.in(one, `insert into notes default values; insert into notes default values`)
+	}})
+	require.NoError(t, err)
+	require.EqualValues(t, 1, trailer.Rows(), "of the moment at which it was begun")
+	require.Equal(t, []archive.Sequence{{Name: "notes_id_seq", Last: 3, Called: true}}, trailer.Sequences)
+}
+
+// An export that waits for another operation holds what that has done.
+func TestLockComesBeforeTheSnapshot(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(`create table notes (id integer primary key)`)
+	one := f.tenant(p, "acme")
+	ctx := t.Context()
+	_, err := f.admin.Exec(ctx, `select pg_advisory_lock($1, $2)`, int32(postgres.OperationLock), one.Number)
+	require.NoError(t, err)
+	type answer struct {
+		trailer archive.Trailer
+		err     error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		trailer, err := p.Export(ctx, one, io.Discard, transfer.ExportOptions{})
+		done <- answer{trailer, err}
+	}()
+	// It asks for the lock again and again.
+	require.Eventually(t, func() bool {
+		return f.count(`select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and query like '%pg_try_advisory_lock%'`) > 0
+	}, time.Minute, 5*time.Millisecond)
+	f.in(one, `insert into notes values (1)`)
+	_, err = f.admin.Exec(ctx, `select pg_advisory_unlock($1, $2)`, int32(postgres.OperationLock), one.Number)
+	require.NoError(t, err)
+	got := <-done
+	require.NoError(t, got.err)
+	require.EqualValues(t, 1, got.trailer.Rows())
+}
+
+// Rows that were there before a check that is not valid come back, and the check with them.
+func TestChecksThatAreNotValid(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(`create domain percent as integer; create table notes (id integer primary key, share percent); insert into notes values (1, 500);
+alter table notes add constraint positive check (id > 1) not valid; comment on constraint positive on notes is 'since 2026';
+alter domain percent add constraint range check (value < 100) not valid`)
+	one := f.tenant(p, "acme")
+	b, _ := f.export(p, one)
+	two, err := f.load(p, b, "copy")
+	require.NoError(t, err)
+	require.Equal(t, "1 500", f.ask(two, `select id || ' ' || share from notes`))
+	require.Equal(t, pgtest.Fingerprint(t, f.admin, "acme", f.role(one)), pgtest.Fingerprint(t, f.admin, "copy", f.role(two)))
+	require.Equal(t, "since 2026", f.ask(two, `select obj_description(oid) from pg_constraint where conname = 'positive' and connamespace = 'copy'::regnamespace`))
+	script, _ := f.exportAs(p, "acme", transfer.SQL)
+	out, err := psql(f.elsewhere(), script)
+	require.NoError(t, err, out)
 }

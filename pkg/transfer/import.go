@@ -264,7 +264,7 @@ func sameStructure(ctx context.Context, tx *postgres.OwnerTx, h archive.Header, 
 	if err := tx.QueryRow(ctx, `select pg_catalog.current_setting('server_version_num')::int`).Scan(&here); err != nil {
 		return err
 	}
-	if major(here) != major(h.Postgres) { // the words differ
+	if !sameWords(h, here) {
 		return nil
 	}
 	have, err := structure.Read(ctx, tx, at)

@@ -37,20 +37,20 @@ func (x *Transfers) fits(ctx context.Context, h archive.Header, group string) er
 	if err != nil {
 		return err
 	}
-	if major(h.Postgres) == major(here) {
+	if sameWords(h, here) {
 		base, err := x.o.Structure.Reference(ctx, group, h.Version())
 		if err != nil || base.Hash() == h.Base {
 			return err
 		}
 	}
-	// Another server uses other words for the same structure; then the files themselves must be the same.
+	// Another server, and another oneo, may use other words for the same structure; then the files themselves must be the same.
 	for i, m := range h.Migrations {
 		if string(files[i].Checksum[:]) != string(m.Checksum) {
 			return fault.New(fault.Conflict, "migration %s is not the one that the archive was made with", files[i]).WithCode("archive_unfit").
 				WithHint("restore it with the migrations that it was made with (--schemas), at version %d", h.Version())
 		}
 	}
-	if major(h.Postgres) == major(here) {
+	if sameWords(h, here) {
 		return fault.New(fault.Conflict, "the migrations make another structure at version %d than where the archive was made", h.Version()).WithCode("archive_unfit").
 			WithHint("restore it with the oneo that wrote it, %s", h.Oneo)
 	}
@@ -58,6 +58,11 @@ func (x *Transfers) fits(ctx context.Context, h archive.Header, group string) er
 }
 
 func major(serverVersion int) int { return serverVersion / 10_000 }
+
+// sameWords reports whether a structure here is described as in an archive.
+func sameWords(h archive.Header, here int) bool {
+	return major(h.Postgres) == major(here) && h.Words == structure.Words
+}
 
 // load puts all of an archive into the tables that the migrations up to its version have made, in a transaction that nobody sees before it has
 // ended. Secondary indexes and foreign keys are made when the rows are in. It returns only when the archive was read to its end
@@ -187,8 +192,8 @@ func clear(ctx context.Context, tx *postgres.OwnerTx, schema string, tables []ta
 	return tx.Script(ctx, "truncate "+strings.Join(names, ", "))
 }
 
-// takeOff takes away what would slow the rows down or refuse them in the order in which they come: foreign keys, secondary
-// indexes and triggers. It returns the statements that bring it back, in order.
+// takeOff takes away what would slow the rows down or refuse them: foreign keys, secondary indexes, triggers, and checks that are
+// not valid, which some rows may not have passed. It returns the statements that bring it back, in order.
 func takeOff(ctx context.Context, tx *postgres.OwnerTx, schema string) (later []string, err error) {
 	// Each row: what takes it off, what brings it back, and its comment.
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1),
@@ -209,19 +214,31 @@ union all
 select 3, g.tgname::text, pg_catalog.format('alter table %I disable trigger %I', t.relname, g.tgname),
 	pg_catalog.format('alter table %I enable %s trigger %I', t.relname, case g.tgenabled when 'R' then 'replica' when 'A' then 'always' else '' end, g.tgname), '', false
 from t join pg_catalog.pg_trigger g on g.tgrelid = t.oid where not g.tgisinternal and g.tgenabled <> 'D' and g.tgparentid = 0
+union all
+select 4, k.conname::text, pg_catalog.format('alter table %I drop constraint %I', t.relname, k.conname),
+	pg_catalog.format('alter table %I add constraint %I %s', t.relname, k.conname, pg_catalog.pg_get_constraintdef(k.oid)),
+	pg_catalog.format('comment on constraint %I on %I is %L', k.conname, t.relname, pg_catalog.obj_description(k.oid, 'pg_constraint')),
+	pg_catalog.obj_description(k.oid, 'pg_constraint') is not null
+from t join pg_catalog.pg_constraint k on k.conrelid = t.oid where k.contype = 'c' and not k.convalidated and k.conislocal and k.coninhcount = 0
+union all
+select 4, k.conname::text, pg_catalog.format('alter domain %I drop constraint %I', y.typname, k.conname),
+	pg_catalog.format('alter domain %I add constraint %I %s', y.typname, k.conname, pg_catalog.pg_get_constraintdef(k.oid)),
+	pg_catalog.format('comment on constraint %I on domain %I is %L', k.conname, y.typname, pg_catalog.obj_description(k.oid, 'pg_constraint')),
+	pg_catalog.obj_description(k.oid, 'pg_constraint') is not null
+from s join pg_catalog.pg_type y on y.typnamespace = s.oid join pg_catalog.pg_constraint k on k.contypid = y.oid where k.contype = 'c' and not k.convalidated
 order by 1, 2`
 	rows, err := tx.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err
 	}
 	var off []string
-	var foreign, indexes, triggers []string
+	var foreign, indexes, triggers, checks []string
 	var rank int
 	var name, away, back, comment string
 	var commented bool
 	_, err = pgx.ForEachRow(rows, []any{&rank, &name, &away, &back, &comment, &commented}, func() error {
 		off = append(off, away)
-		list := []*[]string{&foreign, &indexes, &triggers}[rank-1]
+		list := []*[]string{&foreign, &indexes, &triggers, &checks}[rank-1]
 		*list = append(*list, back)
 		if commented {
 			*list = append(*list, comment)
@@ -234,7 +251,7 @@ order by 1, 2`
 	if err := tx.Script(ctx, strings.Join(off, ";\n")); err != nil {
 		return nil, err
 	}
-	return slices.Concat(indexes, foreign, triggers), nil
+	return slices.Concat(checks, indexes, foreign, triggers), nil
 }
 
 // refresh fills the materialized views, in the order in which they were made: one may be made of another.
