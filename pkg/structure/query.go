@@ -24,6 +24,8 @@ const (
 // is no special case. pg_catalog comes first: nothing in a schema can stand in for an operator of PostgreSQL's own
 // while the owner's statement runs.
 //
+// The first object's type is that of all: without it they would be names, and cut at 63 bytes.
+//
 // kind, object and attributes are the description; ord is an order in which the objects can be made.
 var lines = strings.NewReplacer(
 	"{us}", `E'\x1f'`,
@@ -66,7 +68,7 @@ with t as materialized (
 ), off as materialized (
     select g.tgconstraint from pg_trigger g where g.tgisinternal and g.tgconstraint <> 0 and g.tgenabled <> 'O' group by g.tgconstraint
 )
-select key, 'schema' kind, '' object, 0::oid ord, concat_ws({us}, 'owner=' || {nspowner}, 'grants=' || {schema_acl},
+select key, 'schema' kind, ''::text object, 0::oid ord, concat_ws({us}, 'owner=' || {nspowner}, 'grants=' || {schema_acl},
     case when not has_schema_privilege(nsp, 'usage') then 'closed=yes' end) attributes
 from t
 
