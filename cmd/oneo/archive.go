@@ -230,6 +230,7 @@ type importOptions struct {
 	as, schema, group string
 	keys              keyFlags
 	customDDL         bool
+	erased            string
 	noDomains         bool
 	maxSize           int64
 	progress          string
@@ -261,6 +262,7 @@ func (o *importOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: main")
 	o.keys.register(f)
 	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations, as far as it keeps to the tenant's schema")
+	f.StringVar(&o.erased, "erased", "", "bring the erased tenant with this `ID` back all the same")
 	f.BoolVar(&o.noDomains, "without-domains", false, "leave the archive's domains out")
 	f.Int64Var(&o.maxSize, "max-size", 1<<40, "refuse an archive that comes to more `BYTES` when it is unpacked")
 	f.StringVar(&o.progress, "progress", "auto", "`FORM` of the progress: auto, json or none")
@@ -268,7 +270,7 @@ func (o *importOptions) register(f *pflag.FlagSet) {
 
 func tenantImport(ctx context.Context, e *env, o importOptions) error {
 	as := transfer.ImportOptions{
-		Loading: transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Actor: e.actor()},
+		Loading: transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Erased: o.erased, Actor: e.actor()},
 		Group:   o.group, WithoutDomains: o.noDomains,
 	}
 	var err error

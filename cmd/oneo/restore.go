@@ -144,7 +144,7 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 		keep = a.Config.Backup.UndoKeep
 	}
 	done, trailer, err := a.Transfers.Restore(ctx, t, in, keep, o.force, transfer.Loading{
-		Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Actor: e.actor(), Progress: m.tell})
+		Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Erased: o.erased, Actor: e.actor(), Progress: m.tell})
 	m.end()
 	if err != nil {
 		return err

@@ -115,7 +115,7 @@ func (a *App) open() (err error) {
 	}
 	a.Provision, err = provision.New(provision.Options{
 		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
-		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Logger: a.Log,
+		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Secret: c.Server.Secret, Uncache: a.Cache.Erase, Logger: a.Log,
 	})
 	if err != nil {
 		return err

@@ -239,6 +239,35 @@ func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration)
 	})
 }
 
+// Erase takes away every value under a tenant's prefix, of all generations, and says how many Redis had. What another process
+// stores after that it does not find. Unavailable: Redis did not take part; what it has ends by itself, within MaxTTL.
+func (c *Cache) Erase(ctx context.Context, t tenant.Tenant) (n int, err error) {
+	if t.IsZero() {
+		return 0, fault.New(fault.Internal, "the cache of no tenant was to be erased")
+	}
+	if c.client == nil {
+		return 0, nil
+	}
+	pattern := t.Schema.String() + ":*" // a schema's name has no character that means something in a pattern
+	for cursor := uint64(0); ; {
+		var keys []string
+		err := c.do(ctx, func(ctx context.Context) (err error) {
+			if keys, cursor, err = c.client.Scan(ctx, cursor, pattern, 1000).Result(); err != nil || len(keys) == 0 {
+				return err
+			}
+			gone, err := c.client.Unlink(ctx, keys...).Result()
+			n += int(gone)
+			return err
+		})
+		if err != nil {
+			return n, fault.Wrap(err, fault.Unavailable, "Redis did not take a tenant's values away").WithCode("redis_unreachable")
+		}
+		if cursor == 0 {
+			return n, nil
+		}
+	}
+}
+
 // Stats counts what this process asked for.
 type Stats struct {
 	Hits, Misses int64

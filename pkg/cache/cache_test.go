@@ -15,6 +15,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/devstack"
+	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -326,4 +327,43 @@ func TestLimitsAreSharedByProcesses(t *testing.T) {
 		}
 	}
 	require.Equal(t, 3, allowed)
+}
+
+// Erasing takes away all generations of one tenant, and nothing of a tenant whose name begins like its own.
+func TestErase(t *testing.T) {
+	t.Parallel()
+	c := open(t, server(t, nil).URL())
+	a, b := tenantOf(t, 1, "acme"), tenantOf(t, 2, "acme-2")
+	later := a
+	later.CacheGeneration++
+	for i := range 2500 {
+		require.NoError(t, c.Set(t.Context(), key(t, a, "k", fmt.Sprint(i)), []byte("A"), time.Minute))
+	}
+	require.NoError(t, c.Set(t.Context(), key(t, later, "k", "x"), []byte("A"), time.Minute))
+	require.NoError(t, c.Set(t.Context(), key(t, b, "k", "x"), []byte("B"), time.Minute))
+	public, err := cache.PublicKey("host", "acme.localhost")
+	require.NoError(t, err)
+	require.NoError(t, c.Set(t.Context(), public, []byte("P"), time.Minute))
+	n, err := c.Erase(t.Context(), a)
+	require.NoError(t, err)
+	require.Equal(t, 2501, n)
+	for _, k := range []cache.Key{key(t, a, "k", "0"), key(t, later, "k", "x")} {
+		_, found := c.Get(t.Context(), k)
+		require.False(t, found, k)
+	}
+	for _, k := range []cache.Key{key(t, b, "k", "x"), public} {
+		_, found := c.Get(t.Context(), k)
+		require.True(t, found, k)
+	}
+	n, err = c.Erase(t.Context(), a)
+	require.NoError(t, err)
+	require.Zero(t, n)
+	_, err = c.Erase(t.Context(), tenant.Tenant{})
+	require.Error(t, err)
+	away := openWithin(t, "redis://127.0.0.1:1", time.Second)
+	_, err = away.Erase(t.Context(), a)
+	require.True(t, fault.Is(err, fault.Unavailable), "%v", err)
+	none, err := openWithin(t, "", time.Second).Erase(t.Context(), a)
+	require.NoError(t, err)
+	require.Zero(t, none)
 }

@@ -89,7 +89,7 @@ func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, 
 	}
 	o := provision.Options{
 		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 30 * time.Second,
-		StaleAfter: 200 * time.Millisecond, Logger: slog.New(slog.DiscardHandler),
+		StaleAfter: 200 * time.Millisecond, Secret: pgtest.Secret, Logger: slog.New(slog.DiscardHandler),
 	}
 	for _, f := range change {
 		f(&o)
@@ -116,6 +116,8 @@ func (k task) do(ctx context.Context, p *provision.Provisioner) error {
 		_, err = p.Undrop(ctx, acme, "test")
 	case "purge":
 		_, err = p.Purge(ctx, acme, "test")
+	case "erase":
+		_, err = p.Erase(ctx, acme, provision.EraseRequest{Actor: "test"})
 	case "rename":
 		to, perr := tenant.ParseSlug("globex")
 		if perr != nil {
@@ -342,12 +344,15 @@ func (f fixture) reached(t *testing.T, operation, group string) {
 		state = tenant.Suspended
 	case "drop":
 		state = tenant.Dropped
-	case "purge":
+	case "purge", "erase":
 		state = tenant.Purged
 	}
 	tn, err := find(t.Context(), f.db, slug)
 	require.NoErrorf(t, err, "tenant %s after %s", slug, operation)
 	require.Equalf(t, state, tn.State, "state after %s", operation)
+	if operation == "erase" {
+		f.requireErased(t, tn, group)
+	}
 	require.Equal(t, group, tn.Group)
 	var schema string
 	err = f.db.InTenant(t.Context(), tn, postgres.Read, func(tx *postgres.Tx) error {

@@ -1,10 +1,10 @@
-// Package provision creates, suspends, resumes, renames, drops, undrops and purges tenants.
+// Package provision creates, suspends, resumes, renames, drops, undrops, purges and erases tenants.
 //
 // It promises: where one database holds registry and schema, a change is one transaction; where there are two, it is
 // an operation whose steps can be repeated, and that the same command or a server's worker resumes wherever it was
 // killed. Two changes of one tenant never mix: they take its operation lock. A change of what requests see takes the
 // tenant's gate, so that no request sees half of it and none writes behind it. Dropping keeps the data for a grace
-// period; only Purge destroys. A schema of the warm pool becomes at most one tenant's, and only while it is what a
+// period; only Purge and Erase destroy. A schema of the warm pool becomes at most one tenant's, and only while it is what a
 // creation would make at that moment.
 package provision
 
@@ -48,7 +48,13 @@ type Options struct {
 	// Changed is called after a tenant's placement, hosts or state have changed, with every host it had or has: the
 	// caches forget them. May be nil.
 	Changed func(ctx context.Context, t tenant.Tenant, hosts []tenant.Host)
-	Logger  *slog.Logger
+	// Secret signs the records of erasures; empty: none can be written.
+	Secret string
+	// Uncache destroys what is cached of a tenant and says how many values there were; it is safe to repeat. May be nil.
+	Uncache func(ctx context.Context, t tenant.Tenant) (int, error)
+	// Archives is where the archives of tenants lie that are erased; nil: oneo knows of none.
+	Archives Archives
+	Logger   *slog.Logger
 }
 
 // Provisioner changes tenants. It is safe for concurrent use.
@@ -88,6 +94,7 @@ const (
 	KindDrop    = "tenant.drop"
 	KindUndrop  = "tenant.undrop"
 	KindPurge   = "tenant.purge"
+	KindErase   = "tenant.erase"
 	KindRestore = "tenant.restore"
 	KindReturn  = "tenant.return" // undoes a restore
 	KindMove    = "tenant.move"
@@ -108,6 +115,8 @@ type change struct {
 	// once cannot be repeated: it stands in the registry while it is at work, as if there were two databases, and what it
 	// has begun is taken back whatever it fails by.
 	once bool
+	// apart has it stand in the registry while it is at work, as if there were two databases: part of it is in none.
+	apart bool
 
 	// known is told under which operation it runs, before anything else is asked of it; may be nil.
 	known func(operation uuid.UUID)
@@ -117,8 +126,11 @@ type change struct {
 
 	begin  func(ctx context.Context, q postgres.Querier) error   // may be nil
 	schema func(ctx context.Context, tx *postgres.OwnerTx) error // must be safe to repeat
-	finish func(ctx context.Context, q postgres.Querier) error   // must be safe to repeat
-	undo   func(ctx context.Context, q postgres.Querier) error   // takes begin back when schema cannot succeed; may be nil
+	// outside is what is to be done in no database, between schema and finish; must be safe to repeat, may be nil. When it
+	// fails the operation stays open: only forward is left.
+	outside func(ctx context.Context) error
+	finish  func(ctx context.Context, q postgres.Querier) error // must be safe to repeat
+	undo    func(ctx context.Context, q postgres.Querier) error // takes begin back when schema cannot succeed; may be nil
 	// made asks the placement whether schema has been made: then the change only goes forward.
 	made func(ctx context.Context, tx *postgres.OwnerTx) (bool, error)
 }
@@ -208,7 +220,7 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	}
 
 	var err error
-	if p.o.DB.SameDatabase(c.tenant.Group) && !c.once {
+	if p.o.DB.SameDatabase(c.tenant.Group) && !c.once && !c.apart {
 		err = p.patiently(ctx, func() error {
 			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 				if c.numbered != nil {
@@ -364,6 +376,9 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 			return errors.Join(err, terr)
 		}
 		err = nil // its commit's answer was lost, or another process was faster
+	}
+	if err == nil && c.outside != nil {
+		err = c.outside(ctx)
 	}
 	if err == nil {
 		err = inMain(finish)
@@ -563,6 +578,7 @@ type request struct {
 	KeepSeconds       int64           `json:"keep_seconds,omitempty"`
 	Restore           *uuid.UUID      `json:"restore,omitempty"` // that is undone
 	Move              *moving         `json:"move,omitempty"`
+	Erase             *erasing        `json:"erase,omitempty"`
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

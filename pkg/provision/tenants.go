@@ -805,32 +805,37 @@ func (p *Provisioner) purging(ctx context.Context, t tenant.Tenant, actor string
 			return !there, err
 		},
 		finish: func(ctx context.Context, q postgres.Querier) error {
-			// Whoever is giving the tenant a domain at this moment keeps its row until that is done; then it goes as well.
-			if _, err := q.Exec(ctx, `select from public.tenants where number = $1 for update`, t.Number); err != nil {
-				return err
-			}
-			if p.o.DomainHold > 0 {
-				const hold = `insert into public.domain_holds (host, tenant, held_until)
-select host, tenant, now() + $2::interval from public.domains where tenant = $1
-on conflict (host) do update set tenant = excluded.tenant, held_until = excluded.held_until`
-				// The default domain goes with the name: whoever takes the name next needs it.
-				if _, err := q.Exec(ctx, hold, t.Number, p.o.DomainHold); err != nil {
-					return err
-				}
-				if _, err := q.Exec(ctx, `delete from public.domain_holds where host = $1 and tenant = $2`,
-					t.Slug.Under(p.o.BaseDomain).String(), t.Number); err != nil {
-					return err
-				}
-			}
-			if _, err := q.Exec(ctx, `delete from public.domains where tenant = $1`, t.Number); err != nil {
-				return err
-			}
-			const purge = `update public.tenants set state = 'purged', purge_after = null, settings = '{}', epoch = epoch + 1,
-	cache_generation = cache_generation + 1, updated_at = now() where number = $1 and state = 'dropped'`
-			_, err := q.Exec(ctx, purge, t.Number)
-			return err
+			return p.purged(ctx, q, t, tenant.Dropped)
 		},
 	}, nil
+}
+
+// purged leaves the tombstone of a tenant that is in one of the states, without domains and settings.
+func (p *Provisioner) purged(ctx context.Context, q postgres.Querier, t tenant.Tenant, states ...tenant.State) error {
+	// Whoever is giving the tenant a domain at this moment keeps its row until that is done; then it goes as well.
+	if _, err := q.Exec(ctx, `select from public.tenants where number = $1 for update`, t.Number); err != nil {
+		return err
+	}
+	if p.o.DomainHold > 0 {
+		const hold = `insert into public.domain_holds (host, tenant, held_until)
+select host, tenant, now() + $2::interval from public.domains where tenant = $1
+on conflict (host) do update set tenant = excluded.tenant, held_until = excluded.held_until`
+		// The default domain goes with the name: whoever takes the name next needs it.
+		if _, err := q.Exec(ctx, hold, t.Number, p.o.DomainHold); err != nil {
+			return err
+		}
+		if _, err := q.Exec(ctx, `delete from public.domain_holds where host = $1 and tenant = $2`,
+			t.Slug.Under(p.o.BaseDomain).String(), t.Number); err != nil {
+			return err
+		}
+	}
+	if _, err := q.Exec(ctx, `delete from public.domains where tenant = $1`, t.Number); err != nil {
+		return err
+	}
+	const purge = `update public.tenants set state = 'purged', purge_after = null, settings = '{}', epoch = epoch + 1,
+	cache_generation = cache_generation + 1, updated_at = now() where number = $1 and state = any($2)`
+	_, err := q.Exec(ctx, purge, t.Number, states)
+	return err
 }
 
 // destroy takes away what a number has in the database: schema, role, ledger rows and placement. The schema goes only

@@ -267,6 +267,11 @@ func (p *Provisioner) changeOn(ctx context.Context, t tenant.Tenant, op registry
 		if err = allowed("purged", tenant.Dropped); err == nil {
 			c, err = p.purging(ctx, t, op.Actor)
 		}
+	case KindErase:
+		if r.Erase == nil {
+			return nil, fault.New(fault.Invalid, "the operation does not say what is to be erased")
+		}
+		c, err = p.erasure(ctx, t, *r.Erase, op.Actor)
 	case KindRestore: // whose rows are gone, unless they are in already
 		c = p.restoring(t, RestoreRequest{Fill: Filling{Rows: fillLost}, Keep: time.Duration(r.KeepSeconds) * time.Second, Actor: op.Actor}, &Restored{})
 	case KindReturn:

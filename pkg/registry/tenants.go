@@ -245,6 +245,15 @@ func SetSettings(ctx context.Context, q postgres.Querier, t tenant.Tenant, old, 
 	return err
 }
 
+// Clones are the names of the tenants that are clones of the one with this id for the outside, in order.
+func Clones(ctx context.Context, q postgres.Querier, id string) ([]string, error) {
+	rows, err := q.Query(ctx, `select slug from public.tenants where settings -> 'clone' ->> 'id' = $1 and state <> 'purged' order by slug`, id)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
 // FlushCache raises the generation that is part of each of the tenant's cache keys.
 func FlushCache(ctx context.Context, q postgres.Querier, t tenant.Tenant) error {
 	const flush = `update public.tenants set cache_generation = cache_generation + 1, updated_at = now() where number = $1`

@@ -1,7 +1,9 @@
 package transfer_test
 
 import (
+	"bytes"
 	"context"
+	"io"
 	"testing"
 	"time"
 
@@ -176,4 +178,81 @@ func TestCloneIntoAnotherGroup(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "second", done.Tenant.Group)
 	require.WithinDuration(t, time.Now(), done.Tenant.CreatedAt, time.Hour)
+}
+
+// Who was erased comes back from no archive, under no name and in nobody's place, unless named; also not from one that was
+// being read when it was erased.
+func TestErasedStaysErased(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one, other := f.tenant(p, "acme"), f.tenant(p, "beta")
+	f.in(one, rows)
+	f.in(one, `insert into log (what) select md5(i::text) || md5((-i)::text) from generate_series(1, 100000) i`) // more than a reader reads ahead
+	b, trailer := f.export(p, one)
+	id := one.ID
+	erase := func(t *testing.T) {
+		t.Helper()
+		_, err := p.provision.Erase(t.Context(), one.Slug, provision.EraseRequest{Actor: "test"})
+		require.NoError(t, err)
+	}
+	began := 0
+	during := func() *readerAt {
+		return &readerAt{b: b, at: len(b) / 2, do: func() { began++; erase(t) }}
+	}
+	_, _, err := p.Import(t.Context(), during(), transfer.ImportOptions{Slug: pgtest.Slug(t, "copy"), Loading: transfer.Loading{Actor: "test"}})
+	require.Equal(t, 1, began)
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	require.ErrorContains(t, err, "which was erased at")
+	f.nothing("copy")
+
+	for _, as := range []string{"", "copy"} {
+		_, err := f.load(p, b, as)
+		require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+		require.ErrorContains(t, err, "which was erased at")
+		f.nothing("copy")
+		require.Zero(t, f.count(`select count(*) from public.tenants where slug = 'acme' and state <> 'purged'`))
+	}
+	_, _, err = p.Restore(t.Context(), other, bytes.NewReader(b), time.Hour, true, transfer.Loading{Actor: "test"})
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	require.ErrorContains(t, err, "which was erased at")
+	_, err = f.load(p, b, "copy", func(o *transfer.ImportOptions) { o.Erased = other.ID })
+	require.True(t, fault.Is(err, fault.Invalid), "%v", err)
+	_, err = f.admin.Exec(t.Context(), `update public.erasures set actor = 'nobody'`)
+	require.NoError(t, err)
+	_, err = f.load(p, b, "copy")
+	require.ErrorContains(t, err, "was changed since")
+
+	two, err := f.load(p, b, "", func(o *transfer.ImportOptions) { o.Erased = id })
+	require.NoError(t, err)
+	require.NotEqual(t, id, two.ID)
+	_, have := f.export(p, two)
+	require.Equal(t, trailer.Tables, have.Tables)
+	f.Invariants(t)
+}
+
+// readerAt is an archive that something happens to when half of it has been read.
+type readerAt struct {
+	b    []byte
+	at   int
+	done bool
+	n    int
+	do   func()
+}
+
+func (r *readerAt) Read(p []byte) (int, error) {
+	if r.n == len(r.b) {
+		return 0, io.EOF
+	}
+	if r.n >= r.at && !r.done {
+		r.done = true
+		r.do()
+	}
+	end := len(r.b)
+	if !r.done {
+		end = r.at
+	}
+	n := copy(p, r.b[r.n:end])
+	r.n += n
+	return n, nil
 }

@@ -25,8 +25,10 @@ type Loading struct {
 	// CustomDDL runs the statements of the archive that are no migrations, as far as they keep to the tenant's schema.
 	CustomDDL bool
 	// ours: the archive comes from one of our own databases and no file, so that its statements are not looked at.
-	ours  bool
-	Actor string
+	ours bool
+	// Erased is the id of an erased tenant whose archive is to be read all the same.
+	Erased string
+	Actor  string
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
 }
@@ -60,6 +62,9 @@ func (x *Transfers) make(ctx context.Context, r io.Reader, o ImportOptions, chan
 	if err != nil {
 		return t, trailer, err
 	}
+	if err := x.notErased(ctx, nil, h, o.Erased); err != nil {
+		return t, trailer, err
+	}
 	fill, err := x.filling(ctx, a, req.Group, o.Loading, &trailer)
 	if err != nil {
 		return t, trailer, err
@@ -90,12 +95,38 @@ func (x *Transfers) Restore(ctx context.Context, t tenant.Tenant, r io.Reader, k
 	if err := ownArchive(a.Header(), t, foreign); err != nil {
 		return done, trailer, err
 	}
+	if err := x.notErased(ctx, nil, a.Header(), o.Erased); err != nil {
+		return done, trailer, named(err, t)
+	}
 	fill, err := x.filling(ctx, a, t.Group, o, &trailer)
 	if err != nil {
 		return done, trailer, named(err, t)
 	}
 	done, err = x.o.Provision.Restore(ctx, t.Slug, provision.RestoreRequest{Fill: fill, Keep: keep, Actor: o.Actor})
 	return done, trailer, err
+}
+
+// notErased refuses an archive of a tenant that was erased, unless it is named. tx is a transaction in the registry's
+// database; nil: there is none.
+func (x *Transfers) notErased(ctx context.Context, tx *postgres.OwnerTx, h archive.Header, name string) error {
+	if name != "" && !strings.EqualFold(name, h.Tenant) {
+		return fault.New(fault.Invalid, "the archive is not that of %s, but that of %s, %s", name, h.Slug, h.Tenant).WithCode("other_tenant")
+	}
+	e, found, err := provision.Erasure{}, false, error(nil)
+	if tx != nil {
+		e, found, err = x.o.Provision.ErasureBy(ctx, tx, h.Tenant)
+	} else {
+		e, found, err = x.o.Provision.Erasure(ctx, h.Tenant)
+	}
+	if err != nil || !found || name != "" {
+		return err
+	}
+	said := ""
+	if !e.Genuine {
+		said = "; the record of it was not made with this server.secret, or was changed since"
+	}
+	return fault.New(fault.Conflict, "the archive is that of the tenant %s, which was erased at %s by %s%s", e.Slug, e.At.UTC().Format(time.RFC3339), e.Actor, said).
+		WithCode("erased").WithHint("who is erased stays so; if this one is to come back all the same: --erased %s", e.Tenant)
 }
 
 // filling is an archive as provision takes it, once it was found to fit.
@@ -118,7 +149,12 @@ func (x *Transfers) filling(ctx context.Context, a *archive.Reader, group string
 				WithHint("run the same command again")
 		}
 		begun = true
-		if *trailer, err = x.load(ctx, tx, a, at, o); err != nil && ctx.Err() == nil {
+		if *trailer, err = x.load(ctx, tx, a, at, o); err == nil {
+			if !x.o.DB.SameDatabase(group) {
+				tx = nil
+			}
+			return x.notErased(ctx, tx, a.Header(), o.Erased) // a load may take hours
+		} else if ctx.Err() == nil {
 			// A changed byte shows first as a value that PostgreSQL does not take, or as a table that nobody knows.
 			if derr := readOver(a); fault.Is(derr, fault.Unverified) {
 				return derr

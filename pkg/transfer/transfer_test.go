@@ -147,7 +147,7 @@ func assemble(db *postgres.DB, base tenant.Host, up ...string) (p parts, err err
 		return p, err
 	}
 	p.provision, err = provision.New(provision.Options{
-		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 20 * time.Second, StaleAfter: time.Second, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 20 * time.Second, StaleAfter: time.Second, Secret: pgtest.Secret, Logger: log,
 	})
 	if err != nil {
 		return p, err

@@ -1,0 +1,274 @@
+package provision
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+)
+
+// Archives is where archives of tenants lie.
+type Archives interface {
+	// EraseArchives destroys every archive of the tenant with this id for the outside, and says how many there were. It
+	// is safe to repeat.
+	EraseArchives(ctx context.Context, tenantID string) (n int, err error)
+}
+
+// EraseRequest says how a tenant is erased.
+type EraseRequest struct {
+	// KeepArchives leaves the archives to the policy by which they go anyway.
+	KeepArchives bool
+	Actor        string
+}
+
+// Why an erasure has left a tenant's archives where they are.
+const (
+	ArchivesKept    = "kept"     // as it was asked for
+	ArchivesUnknown = "no_store" // no store is configured
+)
+
+// Destroyed is what an erasure has destroyed.
+type Destroyed struct {
+	Schema string `json:"schema"`
+	// SchemaMissing: it was gone, or another one made behind oneo's back stood there, which was left alone.
+	SchemaMissing bool `json:"schema_missing,omitempty"`
+	Tables        int  `json:"tables"`
+	Domains       int  `json:"domains"`
+	// Kept are the schemas that runs and restores had kept.
+	Kept int `json:"kept_schemas"`
+	// CacheKeys are those in Redis. CacheLeft: Redis could not be asked; they go within a day.
+	CacheKeys int  `json:"cache_keys"`
+	CacheLeft bool `json:"cache_left,omitempty"`
+	Archives  int  `json:"archives"`
+	// ArchivesLeft says why none were; empty: there are none any more.
+	ArchivesLeft string `json:"archives_left,omitempty"`
+}
+
+// Erasure is the record of a tenant that was erased.
+type Erasure struct {
+	Tenant    string // its id for the outside
+	Number    int32
+	Slug      string
+	At        time.Time
+	Actor     string
+	Destroyed Destroyed
+	// Genuine: the record was written with this installation's secret, and is as it was written.
+	Genuine bool
+}
+
+// erasing is what the operation's row holds of an erasure.
+type erasing struct {
+	KeepArchives bool      `json:"keep_archives,omitempty"`
+	Destroyed    Destroyed `json:"destroyed"`
+}
+
+// Erase destroys a tenant for good, wherever it is: schema, role, what runs and restores have kept, cached values, archives,
+// domains, and what the registry knows of it but its name, in the record of it. The tenant is not served from the first
+// of it on. What was begun is only gone on with: after a failure or a death of the process the same command does, or a
+// server. Faults: NotFound, Conflict for a tenant that is being created, and what the archives' store fails by.
+func (p *Provisioner) Erase(ctx context.Context, slug tenant.Slug, r EraseRequest) (e Erasure, err error) {
+	if p.o.Secret == "" {
+		return e, fault.New(fault.Invalid, "an erasure is signed with server.secret, which is not set").WithCode("setting").
+			WithHint("set ONEO_SERVER_SECRET as the servers have it")
+	}
+	t, finished, err := p.findAndFinish(ctx, slug)
+	if fault.Is(err, fault.NotFound) && finished == KindErase {
+		return p.lastErasure(ctx, slug)
+	}
+	if err != nil {
+		return e, err
+	}
+	if t.State == tenant.Creating {
+		return e, wrongState(t, "erased", "")
+	}
+	x := erasing{KeepArchives: r.KeepArchives}
+	if x.Destroyed, err = p.inventory(ctx, t); err != nil {
+		return e, err
+	}
+	c, err := p.erasure(ctx, t, x, r.Actor)
+	if err != nil {
+		return e, err
+	}
+	if _, err := p.run(ctx, c, nil); err != nil {
+		return e, err
+	}
+	e, _, err = p.Erasure(ctx, t.ID)
+	return e, err
+}
+
+// inventory counts what there is to destroy in the databases, before any of it is.
+func (p *Provisioner) inventory(ctx context.Context, t tenant.Tenant) (d Destroyed, err error) {
+	d.Schema = ownSchema(t)
+	err = p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error {
+		at, there, err := standing(ctx, tx, t.Number)
+		if err != nil {
+			return err
+		}
+		d.SchemaMissing = !there || at != d.Schema
+		const count = `select (select count(*) from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = $2 and c.relkind in ('r', 'p')),
+	(select count(*) from public.undo_points where tenant = $1) + (select count(*) from public.replaced where tenant = $1)`
+		return tx.QueryRow(ctx, count, t.Number, d.Schema).Scan(&d.Tables, &d.Kept)
+	})
+	if err != nil {
+		return d, err
+	}
+	if d.SchemaMissing {
+		d.Tables = 0
+	}
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		return tx.QueryRow(ctx, `select count(*) from public.domains where tenant = $1`, t.Number).Scan(&d.Domains)
+	})
+	return d, err
+}
+
+// ownSchema is the name under which a tenant's schema stands.
+func ownSchema(t tenant.Tenant) string {
+	if t.State == tenant.Dropped {
+		return droppedSchema(t.Number)
+	}
+	return t.Schema.String()
+}
+
+func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, actor string) (change, error) {
+	inst, err := p.o.DB.Installation(ctx, t.Group)
+	if err != nil {
+		return change{}, err
+	}
+	details := map[string]any{"destroyed": &x.Destroyed}
+	return change{
+		kind: KindErase, point: "erase", tenant: t, actor: actor, request: request{Slug: t.Slug.String(), Erase: &x}, details: details, apart: true,
+		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
+			if err := tx.LockGate(ctx, t.Number); err != nil {
+				return err
+			}
+			err := destroy(ctx, tx, inst, t.Number, x.Destroyed.Schema, details)
+			if x.Destroyed.SchemaMissing = details[codeSchemaMissing] == true; x.Destroyed.SchemaMissing {
+				p.o.Logger.WarnContext(ctx, "the tenant's schema is gone or was made again behind oneo's back: no schema was destroyed", "tenant", t.Slug)
+			}
+			return err
+		},
+		made: func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
+			there, err := placed(t.Number)(ctx, tx)
+			return !there, err
+		},
+		outside: func(ctx context.Context) error {
+			if err := p.eraseOutside(ctx, t, &x); err != nil {
+				return err
+			}
+			return failpoint.Hit("erase.outside")
+		},
+		finish: func(ctx context.Context, q postgres.Querier) error {
+			if err := p.purged(ctx, q, t, tenant.Active, tenant.Suspended, tenant.Dropped); err != nil {
+				return err
+			}
+			// What was asked about the tenant names people: a first user.
+			const forget = `with o as (update public.operations set request = '{}' where tenant = $1 and state in ('done', 'failed'))
+update public.tenants set name = '' where number = $1`
+			if _, err := q.Exec(ctx, forget, t.Number); err != nil {
+				return err
+			}
+			return p.record(ctx, q, Erasure{Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Actor: actor, Destroyed: x.Destroyed})
+		},
+	}, nil
+}
+
+// eraseOutside destroys what lies in no database, once nobody can add to it.
+func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *erasing) error {
+	var err error
+	if p.o.Uncache != nil {
+		if x.Destroyed.CacheKeys, err = p.o.Uncache(ctx, t); err != nil {
+			p.o.Logger.WarnContext(ctx, "Redis keeps what it has of an erased tenant until its time ends", "tenant", t.Slug, "error", err)
+			x.Destroyed.CacheLeft = true
+		}
+	}
+	switch {
+	case x.KeepArchives:
+		x.Destroyed.ArchivesLeft = ArchivesKept
+		return nil
+	case p.o.Archives == nil:
+		x.Destroyed.ArchivesLeft = ArchivesUnknown
+		return nil
+	}
+	if x.Destroyed.Archives, err = p.o.Archives.EraseArchives(ctx, t.ID); err != nil {
+		f := fault.Of(err)
+		return fault.Wrap(err, f.Kind, "the tenant's tables are destroyed, its archives are not: %s", f.Message).WithCode(f.StableCode()).
+			WithHint("run the same command again; a server tries it too")
+	}
+	return nil
+}
+
+// record writes the erasure, signed.
+func (p *Provisioner) record(ctx context.Context, q postgres.Querier, e Erasure) error {
+	body, err := json.Marshal(e.Destroyed)
+	if err != nil {
+		return err
+	}
+	e.At = time.Now().UTC().Truncate(time.Microsecond)
+	const insert = `insert into public.erasures (tenant, number, slug, erased_at, actor, destroyed, mac) values ($1, $2, $3, $4, $5, $6, $7)`
+	_, err = q.Exec(ctx, insert, e.Tenant, e.Number, e.Slug, e.At, e.Actor, string(body), p.sign(e, string(body)))
+	return err
+}
+
+// sign is the MAC of a record.
+func (p *Provisioner) sign(e Erasure, destroyed string) []byte {
+	k := hmac.New(sha256.New, []byte(p.o.Secret))
+	k.Write([]byte("oneo erasure 1"))
+	m := hmac.New(sha256.New, k.Sum(nil))
+	for _, part := range []string{e.Tenant, fmt.Sprint(e.Number), e.Slug, e.At.UTC().Format(time.RFC3339Nano), e.Actor, destroyed} {
+		fmt.Fprintf(m, "%d:%s", len(part), part)
+	}
+	return m.Sum(nil)
+}
+
+// Erasure is the record of the erased tenant with this id for the outside; false: there is none.
+func (p *Provisioner) Erasure(ctx context.Context, id string) (e Erasure, found bool, err error) {
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		e, found, err = p.ErasureBy(ctx, tx, id)
+		return err
+	})
+	return e, found, err
+}
+
+// ErasureBy is Erasure by a transaction in the registry's database.
+func (p *Provisioner) ErasureBy(ctx context.Context, q postgres.Querier, id string) (e Erasure, found bool, err error) {
+	return p.readErasure(ctx, q, `tenant::text = $1`, strings.ToLower(id))
+}
+
+// lastErasure is that of the tenant which bore a name at last.
+func (p *Provisioner) lastErasure(ctx context.Context, slug tenant.Slug) (e Erasure, err error) {
+	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		var found bool
+		if e, found, err = p.readErasure(ctx, tx, `slug = $1 order by erased_at desc limit 1`, slug.String()); err == nil && !found {
+			err = fault.New(fault.Internal, "the erasure of %s was finished and has no record", slug)
+		}
+		return err
+	})
+	return e, err
+}
+
+func (p *Provisioner) readErasure(ctx context.Context, q postgres.Querier, where string, arg string) (e Erasure, found bool, err error) {
+	var destroyed string
+	var mac []byte
+	err = q.QueryRow(ctx, `select tenant::text, number, slug, erased_at, actor, destroyed::text, mac from public.erasures where `+where, arg).
+		Scan(&e.Tenant, &e.Number, &e.Slug, &e.At, &e.Actor, &destroyed, &mac)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return e, false, nil
+	}
+	if err != nil {
+		return e, false, err
+	}
+	// One that was changed still says that there was an erasure.
+	e.Genuine = p.o.Secret != "" && hmac.Equal(mac, p.sign(e, destroyed)) && json.Unmarshal([]byte(destroyed), &e.Destroyed) == nil
+	return e, true, nil
+}
