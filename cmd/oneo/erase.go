@@ -20,8 +20,8 @@ func newTenantEraseCmd(e *env) *cobra.Command {
 	var o eraseOptions
 	cmd := &cobra.Command{
 		Use: "erase NAME", Short: "Destroy a tenant for good, and keep it from coming back",
-		Long: `Destroy a tenant for good, active, suspended or dropped: its schema and role, what runs and restores have
-kept of it, its domains, sessions and cached values, and its archives in the store of backups (unless
+		Long: `Destroy a tenant for good, active, suspended or dropped: its schema and role, what runs, restores and
+moves have kept of it, its domains, sessions and cached values, and its archives in the store of backups (unless
 --keep-archives leaves them to the policy by which they go anyway). There is no grace period. The tenant's name is
 to be typed (or --confirm NAME).
 

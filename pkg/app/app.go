@@ -113,10 +113,14 @@ func (a *App) open() (err error) {
 	if a.Structure, err = structure.New(structure.Options{DB: a.DB, Head: a.Migrate.Head(migrate.TenantSet), Make: a.Migrate.Create}); err != nil {
 		return err
 	}
-	a.Provision, err = provision.New(provision.Options{
+	po := provision.Options{
 		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
 		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Secret: c.Server.Secret, Uncache: a.Cache.Erase, Logger: a.Log,
-	})
+	}
+	if c.Backup.URL != "" {
+		po.Archives = archives{a}
+	}
+	a.Provision, err = provision.New(po)
 	if err != nil {
 		return err
 	}

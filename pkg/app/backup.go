@@ -1,6 +1,7 @@
 package app
 
 import (
+	"context"
 	"os"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
@@ -42,4 +43,15 @@ func (a *App) Backups(environ []string) (*backup.Backups, error) {
 		}
 	}
 	return backup.New(o)
+}
+
+// archives are those of the configuration's store, for erasures.
+type archives struct{ a *App }
+
+func (x archives) EraseArchives(ctx context.Context, tenantID string) (int, error) {
+	b, err := x.a.Backups(nil) // no program runs around this
+	if err != nil {
+		return 0, err
+	}
+	return b.EraseArchives(ctx, tenantID)
 }

@@ -45,7 +45,7 @@ type Destroyed struct {
 	SchemaMissing bool `json:"schema_missing,omitempty"`
 	Tables        int  `json:"tables"`
 	Domains       int  `json:"domains"`
-	// Kept are the schemas that runs and restores had kept.
+	// Kept are the schemas that runs, restores and moves had kept.
 	Kept int `json:"kept_schemas"`
 	// CacheKeys are those in Redis. CacheLeft: Redis could not be asked; they go within a day.
 	CacheKeys int  `json:"cache_keys"`
@@ -73,7 +73,7 @@ type erasing struct {
 	Destroyed    Destroyed `json:"destroyed"`
 }
 
-// Erase destroys a tenant for good, wherever it is: schema, role, what runs and restores have kept, cached values, archives,
+// Erase destroys a tenant for good, wherever it is: schema, role, what runs, restores and moves have kept, cached values, archives,
 // domains, and what the registry knows of it but its name, in the record of it. The tenant is not served from the first
 // of it on. What was begun is only gone on with: after a failure or a death of the process the same command does, or a
 // server. Faults: NotFound, Conflict for a tenant that is being created, and what the archives' store fails by.
@@ -117,7 +117,7 @@ func (p *Provisioner) inventory(ctx context.Context, t tenant.Tenant) (d Destroy
 		}
 		d.SchemaMissing = !there || at != d.Schema
 		const count = `select (select count(*) from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = $2 and c.relkind in ('r', 'p')),
-	(select count(*) from public.undo_points where tenant = $1) + (select count(*) from public.replaced where tenant = $1)`
+	(select count(*) from public.undo_points where tenant = $1) + (select count(*) from public.replaced where tenant = $1) + (select count(*) from public.moved where tenant = $1)`
 		return tx.QueryRow(ctx, count, t.Number, d.Schema).Scan(&d.Tables, &d.Kept)
 	})
 	if err != nil {
@@ -173,7 +173,8 @@ func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, a
 				return err
 			}
 			// What was asked about the tenant names people: a first user.
-			const forget = `with o as (update public.operations set request = '{}' where tenant = $1 and state in ('done', 'failed'))
+			const forget = `with o as (update public.operations set request = '{}' where tenant = $1 and state in ('done', 'failed')),
+	p as (delete from public.proofs where tenant = $1)
 update public.tenants set name = '' where number = $1`
 			if _, err := q.Exec(ctx, forget, t.Number); err != nil {
 				return err
@@ -183,9 +184,21 @@ update public.tenants set name = '' where number = $1`
 	}, nil
 }
 
-// eraseOutside destroys what lies in no database, once nobody can add to it.
+// eraseOutside destroys what lies in other groups' databases and in none, once nobody can add to it.
 func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *erasing) error {
-	var err error
+	copies, err := p.DropMoved(ctx, t.Number)
+	if err != nil {
+		return err
+	}
+	x.Destroyed.Kept += copies
+	for _, group := range p.o.DB.Groups() { // a move that was undone may not have been able to take away what had arrived
+		if group == t.Group {
+			continue
+		}
+		if err := p.discard(ctx, group, t.Number); err != nil {
+			return err
+		}
+	}
 	if p.o.Uncache != nil {
 		if x.Destroyed.CacheKeys, err = p.o.Uncache(ctx, t); err != nil {
 			p.o.Logger.WarnContext(ctx, "Redis keeps what it has of an erased tenant until its time ends", "tenant", t.Slug, "error", err)
