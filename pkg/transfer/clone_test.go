@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -255,4 +256,38 @@ func (r *readerAt) Read(p []byte) (int, error) {
 	n := copy(p, r.b[r.n:end])
 	r.n += n
 	return n, nil
+}
+
+// What moves have left of an erased tenant in other databases goes with it, the role last: two databases may share it.
+func TestEraseAfterAMove(t *testing.T) {
+	t.Parallel()
+	for _, apart := range []bool{false, true} {
+		f := newMoving(t, apart)
+		one, other := f.tenant(f.p, "acme"), f.tenant(f.p, "beta")
+		f.in(one, rows)
+		role := f.role(one)
+		_, err := f.move(one, "second")
+		require.NoError(t, err)
+		_, err = f.move(other, "second")
+		require.NoError(t, err)
+		e, err := f.p.provision.Erase(t.Context(), one.Slug, provision.EraseRequest{Actor: "test"})
+		require.NoError(t, err)
+		require.Equal(t, 1, e.Destroyed.Kept)
+		for group, c := range map[string]*pgx.Conn{postgres.MainGroup: f.admin, "second": f.second} {
+			for _, sql := range []string{
+				`select count(*) from public.placements where number = $1`, `select count(*) from public.moved where tenant = $1`,
+				`select count(*) from public.ledger where set = 'tenant' and tenant = $1`, `select count(*) from pg_namespace where nspname = 'acme' or nspname ~ ('^oneo_[a-z]+_' || $1::int || '(_|$)')`,
+			} {
+				var n int
+				require.NoError(t, c.QueryRow(t.Context(), sql, one.Number).Scan(&n))
+				require.Zero(t, n, "%s: %s", group, sql)
+			}
+			var n int
+			require.NoError(t, c.QueryRow(t.Context(), `select count(*) from pg_roles where rolname = $1`, role).Scan(&n))
+			require.Zero(t, n, group)
+			require.NoError(t, c.QueryRow(t.Context(), `select count(*) from public.placements where number = $1`, other.Number).Scan(&n))
+			require.Equal(t, 1, n, "of another tenant all is there")
+		}
+		require.NoError(t, f.write(f.now(other), "still"))
+	}
 }
