@@ -32,6 +32,7 @@ const secret = "benchmark-secret-benchmark-secret-0123456789"
 // bench is one run: its own PostgreSQL and Redis, the binary, and the lines of the report.
 type bench struct {
 	dir      string
+	jobs     int // tenants that are migrated at one time
 	binary   string
 	pg       *devstack.Postgres
 	redis    *devstack.Redis

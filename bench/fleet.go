@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -24,7 +23,7 @@ type fleet struct {
 	*installation
 	dir        string // what --schemas is given
 	base, head int    // the version of tenants as they are made, and of the folder
-	jobs       int    // oneo's own choice on this machine
+	jobs       int    // tenants at one time
 }
 
 // columnPrefix marks what restore takes away again.
@@ -35,7 +34,7 @@ func (b *bench) newFleet(ctx context.Context) (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &fleet{installation: in, dir: filepath.Join(b.dir, "migrations"), jobs: min(8, 2*runtime.NumCPU())}
+	f := &fleet{installation: in, dir: filepath.Join(b.dir, "migrations"), jobs: b.jobs}
 	if err := os.Mkdir(f.dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -43,7 +42,7 @@ func (b *bench) newFleet(ctx context.Context) (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	files, err := fs.Glob(own, "*.sql")
+	files, err := fs.Glob(own, "[0-9]*.sql") // neutralize.sql is no migration
 	if err != nil {
 		return nil, err
 	}

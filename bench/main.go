@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -24,6 +25,7 @@ func main() {
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
+	jobs := flag.Int("jobs", min(8, 2*runtime.NumCPU()), "tenants that are migrated at one time; oneo's own choice unless given")
 	ways := flag.String("ways", "", "a regular expression: of the ways to read, only those are measured whose names it matches, beside the floor")
 	duration := flag.Duration("duration", 10*time.Second, "how long each contender is measured")
 	mode := flag.String("floor", "", "internal: run as the floor or the naive server")
@@ -40,7 +42,7 @@ func main() {
 		err = tellPeak(flag.Args())
 	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-		err = run(ctx, strings.Split(*only, ","), *ways, *few, *fleet, *many, *duration)
+		err = run(ctx, strings.Split(*only, ","), *ways, *few, *fleet, *many, *jobs, *duration)
 		stop()
 	}
 	if err != nil {
@@ -49,7 +51,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, only []string, ways string, few, fleet, many int, d time.Duration) error {
+func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs int, d time.Duration) error {
 	for _, part := range only {
 		if part == "fleet" {
 			only = append(only, fleetParts...)
@@ -69,7 +71,7 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many int, 
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
-	b := &bench{dir: dir, binary: filepath.Join(dir, "oneo"), duration: d, ways: matching, out: os.Stdout}
+	b := &bench{dir: dir, jobs: jobs, binary: filepath.Join(dir, "oneo"), duration: d, ways: matching, out: os.Stdout}
 	build := exec.CommandContext(ctx, "go", "build", "-tags", "nomsgpack", "-trimpath", "-o", b.binary, "./cmd/oneo")
 	build.Dir = ".."
 	if text, err := build.CombinedOutput(); err != nil {
