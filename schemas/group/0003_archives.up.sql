@@ -11,8 +11,6 @@ create table public.replaced (
     -- Its rows of public.ledger and public.progress, as they were.
     ledger     jsonb not null,
     progress   jsonb not null,
-    -- Who but the owner may use the schema, as the tenant has it: while it lies here nobody may.
-    rights     jsonb not null default '[]',
     made_at    timestamptz not null default now(),
     expires_at timestamptz not null,
     undone_at  timestamptz,
