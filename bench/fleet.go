@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -34,7 +36,7 @@ func (b *bench) newFleet(ctx context.Context) (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &fleet{installation: in, dir: filepath.Join(b.dir, "migrations"), jobs: b.jobs}
+	f := &fleet{installation: in, dir: filepath.Join(b.dir, "migrations"), jobs: cmp.Or(b.jobs, min(8, 2*runtime.NumCPU()))}
 	if err := os.Mkdir(f.dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -75,12 +77,15 @@ func (f *fleet) addMigration() (column string, err error) {
 	return column, errors.Join(err, os.WriteFile(path+".down.sql", []byte("alter table records drop column "+column+";\n"), 0o644))
 }
 
-// migrate is the command that brings all tenants to the head of the folder. One connection more than jobs is for the
-// run's own rows: with as many as jobs, oneo would use one less.
+// migrate is the command that brings all tenants to the head of the folder; with 0 jobs as many at one time as oneo thinks
+// good. One connection more than jobs is for the run's own rows: with as many as jobs, oneo would use one less.
 func (f *fleet) migrate(ctx context.Context, jobs int, more ...string) *exec.Cmd {
-	args := append([]string{"migrate", "--all-tenants", "--schemas", f.dir, "--jobs", fmt.Sprint(jobs)}, more...)
+	args := append([]string{"migrate", "--all-tenants", "--schemas", f.dir}, more...)
+	if jobs > 0 {
+		args = append(args, "--jobs", fmt.Sprint(jobs))
+	}
 	cmd := exec.CommandContext(ctx, f.b.binary, args...)
-	cmd.Env = f.environment(fmt.Sprintf("ONEO_DATABASE_OWNER_CONNS=%d", jobs+1))
+	cmd.Env = f.environment(fmt.Sprintf("ONEO_DATABASE_OWNER_CONNS=%d", cmp.Or(jobs, f.jobs)+1))
 	return cmd
 }
 

@@ -39,8 +39,12 @@ func (f *fleet) live(ctx context.Context) error {
 		return err
 	}
 	f.b.printf("### Reading while a run goes on over %d tenants\n", len(f.slugs))
-	f.b.printf("`oneo serve` reading records by id over all tenants, without a run and while `oneo migrate --all-tenants --jobs %d` adds a column to each, run after run; medians of %d turns of %s. wrk: 16 connections that never rest; steady: a quarter of what wrk reached, measured from the time at which a request was due.\n",
-		f.jobs, liveRounds, f.b.duration)
+	how := "`oneo migrate --all-tenants`"
+	if f.b.jobs > 0 {
+		how = fmt.Sprintf("`oneo migrate --all-tenants --jobs %d`, which does not yield,", f.b.jobs)
+	}
+	f.b.printf("`oneo serve` reading records by id over all tenants, without a run and while %s adds a column to each, run after run; medians of %d turns of %s. wrk: 16 connections that never rest; steady: a quarter of what wrk reached, measured from the time at which a request was due.\n",
+		how, liveRounds, f.b.duration)
 	f.b.printf("| traffic | | requests/s | p50 ms | p99 ms | max ms | p99 of without | other than 200 |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
 	wrk := func(ctx context.Context) (traffic, error) { return f.wrkCounting(ctx, p, f.b.duration) }
 	full, busiest, err := f.liveTurns(ctx, "wrk", wrk)
@@ -108,7 +112,7 @@ func (f *fleet) whileMigrating(ctx context.Context, read func(context.Context) (
 	for runs := 1; ; runs++ {
 		column, err := f.addMigration()
 		if err == nil {
-			_, err = timed(f.migrate(ctx, f.jobs, "-q", "--force"))
+			_, err = timed(f.migrate(ctx, f.b.jobs, "-q", "--force"))
 		}
 		if err == nil {
 			err = f.added(ctx, column)

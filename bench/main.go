@@ -12,7 +12,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -25,7 +24,7 @@ func main() {
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
-	jobs := flag.Int("jobs", min(8, 2*runtime.NumCPU()), "tenants that are migrated at one time; oneo's own choice unless given")
+	jobs := flag.Int("jobs", 0, "tenants that are migrated at one time; 0: oneo's own choice, and live is measured with a run that yields")
 	ways := flag.String("ways", "", "a regular expression: of the ways to read, only those are measured whose names it matches, beside the floor")
 	duration := flag.Duration("duration", 10*time.Second, "how long each contender is measured")
 	mode := flag.String("floor", "", "internal: run as the floor or the naive server")

@@ -28,6 +28,7 @@ type progress struct {
 	counts  rollout.Counts
 	run     rollout.Run
 	held    string
+	yielded bool    // has said that it does
 	slowest []timed // the slowest three
 	drawn   time.Time
 	width   int
@@ -82,6 +83,9 @@ func (p *progress) told(ev rollout.Event) {
 			return
 		}
 		p.quiet(object)
+	case ev.Yields && !p.yielded:
+		p.yielded = true
+		p.news(map[string]any{"event": "yielding"}, "tenants are served meanwhile: one at a time, with rests (migrate.live_share); --jobs N goes on at full speed")
 	case ev.Held != p.held:
 		p.held = ev.Held
 		if p.held != "" {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -67,10 +68,15 @@ func rivals(kind string) []string {
 type workOptions struct {
 	jobs     int
 	progress string
+	flags    *pflag.FlagSet // nil: what was asked for is asked for
 }
 
+// yields reports whether the work gives way to others that use a database. Whoever says how many works at full speed.
+func (o *workOptions) yields() bool { return o.flags != nil && !o.flags.Changed("jobs") }
+
 func (o *workOptions) bind(cmd *cobra.Command) {
-	cmd.Flags().IntVar(&o.jobs, "jobs", min(8, 2*runtime.NumCPU()), "tenants at one time; at most database.owner_conns less one")
+	o.flags = cmd.Flags()
+	o.flags.IntVar(&o.jobs, "jobs", min(8, 2*runtime.NumCPU()), "tenants at one time; at most database.owner_conns less one; unless given, a run yields to others (migrate.live_share)")
 	cmd.Flags().StringVar(&o.progress, "progress", "auto", "auto, json or none: how the run is told on stderr; json has a line for each tenant, auto without a terminal few, and none for 2 s")
 }
 
@@ -172,10 +178,12 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
 	m := a.Config.Migrate
-	brake := a.Rollout.Brake(looking, a.DB.Groups(), rollout.Bounds{LockWaits: m.MaxLockWaits, ReplicaLag: m.MaxReplicaLag, Connections: m.MaxConnections})
+	bounds := rollout.Bounds{LockWaits: m.MaxLockWaits, ReplicaLag: m.MaxReplicaLag, Connections: m.MaxConnections}
+	bounds.Others = m.LiveShare > 0 && o.yields() && !w.live && !w.noOwner // who reads, or runs programs, does not
+	brake := a.Rollout.Brake(looking, a.DB.Groups(), bounds)
 	start := time.Now()
 	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
-		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Told: told,
+		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Yields: brake.Yields, Share: m.LiveShare, Told: told,
 	}, w.do)
 	if w.left != nil {
 		w.left(context.WithoutCancel(ctx))

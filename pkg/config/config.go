@@ -134,6 +134,7 @@ type Schemas struct {
 type Migrate struct {
 	Patience       time.Duration `mapstructure:"patience"`
 	StaleAfter     time.Duration `mapstructure:"stale_after"`
+	LiveShare      int           `mapstructure:"live_share"`
 	MaxLockWaits   int           `mapstructure:"max_lock_waits"`
 	MaxReplicaLag  time.Duration `mapstructure:"max_replica_lag"`
 	MaxConnections int           `mapstructure:"max_connections"`
@@ -382,6 +383,7 @@ func (c Config) Validate() error {
 	if scheme, _, has := strings.Cut(c.Backup.URL, "://"); has && scheme != "s3" {
 		bad("backup.url", "must be the path of a directory, or s3://bucket/prefix")
 	}
+	between("migrate.live_share", c.Migrate.LiveShare, 0, 100)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {

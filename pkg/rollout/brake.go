@@ -14,12 +14,14 @@ type Bounds struct {
 	LockWaits   int           // sessions, other than oneo's owner's, that wait for a lock
 	ReplicaLag  time.Duration // of the standby that is furthest behind; seen by members of pg_monitor only
 	Connections int           // in use, in percent of max_connections
+	Others      bool          // looks whether tenants are served from it: Yields
 }
 
 // Brake looks at the groups' databases once a second and says whether to hold back.
 type Brake struct {
-	held atomic.Pointer[string]
-	told map[string]bool // what it could not see, and has logged
+	held   atomic.Pointer[string]
+	others atomic.Bool
+	told   map[string]bool // what it could not see, and has logged
 }
 
 // Hold says why nothing is to be begun at the moment; empty: go on.
@@ -30,6 +32,10 @@ func (b *Brake) Hold() string {
 	return ""
 }
 
+// Yields reports whether tenants were served from one of the databases when it was last looked at: by sessions of the logins that
+// bind. Where the owner may not see when a session was last at work, one that is there counts.
+func (b *Brake) Yields() bool { return b.others.Load() }
+
 // Brake begins to look, until ctx ends. A database that does not answer holds nothing back: the work itself meets it.
 // What cannot be looked at is logged, once for each group and bound.
 func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Brake {
@@ -37,6 +43,14 @@ func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Bra
 	if bounds == (Bounds{}) {
 		return b
 	}
+	yields := func() {
+		others := false
+		for _, group := range groups {
+			others = others || bounds.Others && b.shared(ctx, r, group)
+		}
+		b.others.Store(others)
+	}
+	yields() // before anything is begun
 	go func() {
 		ticker := time.NewTicker(time.Second)
 		defer ticker.Stop()
@@ -52,10 +66,26 @@ func (r *Runner) Brake(ctx context.Context, groups []string, bounds Bounds) *Bra
 			case <-ctx.Done():
 				return
 			case <-ticker.C:
+				yields()
 			}
 		}
 	}()
 	return b
+}
+
+// shared reports whether tenants are served from a group's database.
+func (b *Brake) shared(ctx context.Context, r *Runner, group string) (others bool) {
+	inst, err := r.o.DB.Installation(ctx, group)
+	if err != nil {
+		return false
+	}
+	// With the app role itself this process is connected too: such a session counts only where it is seen at work.
+	const used = `select exists (select from pg_catalog.pg_stat_activity where datname = pg_catalog.current_database() and usename = any($1)
+	and (state_change > pg_catalog.clock_timestamp() - interval '2 s' or state_change is null and usename <> $2))`
+	err = r.o.DB.AsOwner(ctx, group, func(tx *postgres.OwnerTx) error {
+		return tx.QueryRow(ctx, used, inst.LoginNames(), inst.AppRole).Scan(&others)
+	})
+	return others && err == nil // one that does not answer is met by the work itself
 }
 
 // strain is one bound, and the question whether a group's database has passed it.

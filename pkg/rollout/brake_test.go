@@ -275,3 +275,55 @@ func follow(t *testing.T, admin *pgx.Conn, c *pgconn.PgConn) {
 		return late
 	})
 }
+
+// Others are those who are connected as servers are: this process's own sessions, and a person's, are none.
+func TestBrakeSeesOthers(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	r := newRunner(t, env)
+	ctx := t.Context()
+	brake := r.Brake(ctx, []string{"main"}, rollout.Bounds{Others: true})
+	eventually(t, "nobody else is there", func() bool { return !brake.Yields() })
+	inst, err := env.DB.Installation(ctx, "main")
+	require.NoError(t, err)
+	login, err := url.Parse(env.Group.URL)
+	require.NoError(t, err)
+	password, _ := login.User.Password()
+	login.User = url.UserPassword(inst.LoginNames()[0], password)
+	c, err := pgx.Connect(ctx, login.String())
+	require.NoError(t, err)
+	eventually(t, "somebody is there", func() bool {
+		_, err := c.Exec(ctx, `select 1`)
+		return err == nil && brake.Yields()
+	})
+	require.NoError(t, c.Close(ctx))
+	eventually(t, "nobody is there any more", func() bool { return !brake.Yields() })
+
+	require.False(t, r.Brake(ctx, []string{"main"}, rollout.Bounds{}).Yields())
+}
+
+// While others use the database a run works at one tenant at a time, says so, and does all of its work.
+func TestRunYields(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	r := newRunner(t, env)
+	run := plan(t, r, spec(t, 20))
+	var atWork, most, told atomic.Int32
+	end, err := r.Work(t.Context(), run.ID, rollout.WorkOptions{
+		Jobs: 4, Share: 50, Yields: func() bool { return true },
+		Told: func(e rollout.Event) {
+			if e.Yields {
+				told.Add(1)
+			}
+		},
+	}, func(context.Context, rollout.Task) rollout.Outcome {
+		most.Store(max(most.Load(), atWork.Add(1)))
+		time.Sleep(2 * time.Millisecond) // or nobody would meet anybody anyway
+		atWork.Add(-1)
+		return rollout.Outcome{}
+	})
+	require.NoError(t, err)
+	require.Equal(t, 20, end.OK)
+	require.EqualValues(t, 1, most.Load())
+	require.EqualValues(t, 1, told.Load())
+}

@@ -52,6 +52,10 @@ type WorkOptions struct {
 	Timeout time.Duration
 	// Hold says why no task is to be begun at the moment, or is empty; may be nil. It is asked often.
 	Hold func() string
+	// Yields says whether tenants are served meanwhile: then one worker is at work at a time, and rests after each tenant until
+	// it has worked for Share percent of the time, for a second at most. May be nil.
+	Yields func() bool
+	Share  int // 1 to 100
 	// Told is called with what happens, never twice at a time; may be nil.
 	Told func(Event)
 }
@@ -63,6 +67,7 @@ type Event struct {
 	Outcome Outcome
 	Again   time.Duration // the task was set aside, and is tried again after so long
 	Held    string        // why nothing is begun at the moment
+	Yields  bool          // tenants are served meanwhile, since the last Event
 	Counts  Counts        // of the whole run, when it was last looked at
 	Run     Run           // its state and wave then; its counts are in Counts
 }
@@ -92,6 +97,7 @@ type crew struct {
 	work       func(context.Context, Task) Outcome
 
 	stopping atomic.Bool // begin nothing more
+	turn     sync.Mutex  // of the one that works while others use the database
 	tasks    chan Task
 	ended    chan ended
 
@@ -131,6 +137,25 @@ func (w *crew) silent() bool {
 	return time.Since(w.began)-time.Duration(w.sign.Load()) > w.Runner.o.StaleAfter*9/10
 }
 
+// oneByOne works at a task as soon as it is its turn, unless nothing is to be begun any more by then.
+func (w *crew) oneByOne(ctx context.Context, t Task) (out Outcome, begun bool) {
+	yields := w.o.Yields != nil && w.o.Yields()
+	if yields {
+		w.turn.Lock()
+		defer w.turn.Unlock()
+	}
+	if w.stopping.Load() || w.silent() {
+		return out, false
+	}
+	start := time.Now()
+	out = w.guarded(ctx, t)
+	if yields && !w.stopping.Load() {
+		worked := time.Since(start)
+		time.Sleep(min(worked*time.Duration(100-w.o.Share)/time.Duration(w.o.Share), time.Second))
+	}
+	return out, true
+}
+
 func (w *crew) noteFailure() {
 	if w.unwritten.Add(1) >= w.bound.Load() {
 		w.stopping.Store(true)
@@ -146,11 +171,11 @@ func (w *crew) run(ctx context.Context) (Run, error) {
 	for range w.jobs {
 		workers.Go(func() {
 			for t := range w.tasks {
-				if w.stopping.Load() || w.silent() {
+				out, begun := w.oneByOne(working, t)
+				if !begun {
 					w.ended <- ended{task: t, back: true}
 					continue
 				}
-				out := w.guarded(working, t)
 				if out.Undone {
 					w.ended <- ended{task: t, back: true}
 					continue
@@ -211,7 +236,7 @@ func (o WorkOptions) lastWords() time.Duration { return 10 * time.Second }
 // dispatch gives tasks to the workers until the run is over or ctx ends.
 func (w *crew) dispatch(ctx context.Context) (Run, error) {
 	beat := w.Runner.o.StaleAfter / 5
-	held := ""
+	held, yields := "", false
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -225,6 +250,10 @@ func (w *crew) dispatch(ctx context.Context) (Run, error) {
 		if why != held {
 			held = why
 			w.tell(Event{Held: why})
+		}
+		if now := w.o.Yields != nil && w.o.Yields(); now != yields {
+			yields = now
+			w.tell(Event{Held: held, Yields: now})
 		}
 		var next chan Task
 		var first Task
