@@ -20,7 +20,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "create,claim,read,fleet", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ","))
+	only := flag.String("only", "create,claim,read,fleet,archives", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ",")+", archives is "+strings.Join(archiveParts, ","))
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
@@ -54,7 +54,9 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 	for _, part := range only {
 		if part == "fleet" {
 			only = append(only, fleetParts...)
-		} else if !slices.Contains(append([]string{"create", "claim", "read"}, fleetParts...), part) {
+		} else if part == "archives" {
+			only = append(only, archiveParts...)
+		} else if !slices.Contains(slices.Concat([]string{"create", "claim", "read"}, fleetParts, archiveParts), part) {
 			return fmt.Errorf("-only: there is no %q", part)
 		}
 	}
@@ -106,7 +108,12 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 		}
 	}
 	if slices.ContainsFunc(only, func(part string) bool { return slices.Contains(fleetParts, part) }) {
-		return b.fleets(ctx, only, fleet, many)
+		if err := b.fleets(ctx, only, fleet, many); err != nil {
+			return err
+		}
+	}
+	if slices.ContainsFunc(only, func(part string) bool { return slices.Contains(archiveParts, part) }) {
+		return b.archives(ctx, only, fleet, many)
 	}
 	return nil
 }

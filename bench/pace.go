@@ -37,6 +37,11 @@ func shuffled(tenants []int) []int {
 // pace reads records of tenants in turn, at a steady rate until ctx ends. A request is sent when it is due, answered ones
 // or not: waiting readers do not make the others arrive later.
 func (in *installation) pace(ctx context.Context, p *process, perSecond float64, tenants []int) []answer {
+	return in.paceAs(ctx, p, perSecond, tenants, func(tenant int) string { return token(in.slugs[tenant]) })
+}
+
+// paceAs is pace with other tokens than those of sessions.
+func (in *installation) paceAs(ctx context.Context, p *process, perSecond float64, tenants []int, tokenOf func(tenant int) string) []answer {
 	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000, DisableCompression: true}}
 	defer client.CloseIdleConnections()
 	var mu sync.Mutex
@@ -56,7 +61,7 @@ func (in *installation) pace(ctx context.Context, p *process, perSecond float64,
 		}
 		tenant := tenants[k%len(tenants)]
 		asking.Go(func() {
-			status := in.ask(client, p, tenant)
+			status := in.ask(client, p, tenant, tokenOf(tenant))
 			took := time.Since(due)
 			mu.Lock()
 			defer mu.Unlock()
@@ -66,14 +71,14 @@ func (in *installation) pace(ctx context.Context, p *process, perSecond float64,
 }
 
 // ask reads one record of a tenant and says what the answer was if it was not 200.
-func (in *installation) ask(client *http.Client, p *process, tenant int) string {
+func (in *installation) ask(client *http.Client, p *process, tenant int, token string) string {
 	ids := in.records[tenant]
 	req, err := http.NewRequest(http.MethodGet, "http://"+p.addr+recordPath(ids[rand.IntN(len(ids))]), nil)
 	if err != nil {
 		return err.Error()
 	}
 	req.Host = in.slugs[tenant] + ".localhost"
-	req.Header.Set("Authorization", "Bearer "+token(in.slugs[tenant]))
+	req.Header.Set("Authorization", "Bearer "+token)
 	res, err := client.Do(req)
 	if err != nil {
 		return "no answer"
