@@ -188,7 +188,7 @@ func Default() Config {
 		},
 		Auth:    Auth{SessionIdle: 24 * time.Hour, SessionAbsolute: 30 * 24 * time.Hour, HashConcurrency: 2, LoginsPerMinute: 10},
 		Cache:   Cache{TenantTTL: 30 * time.Second, TenantGrace: 10 * time.Minute, NegativeTTL: 3 * time.Second, SharedTTL: 30 * time.Second, LocalTTL: 10 * time.Second},
-		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
+		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, LiveShare: 25, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}}, UndoKeep: 7 * 24 * time.Hour},
