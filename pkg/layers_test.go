@@ -59,6 +59,7 @@ var owners = map[string][]string{
 	"golang.org/x/net/idna":                   {"pkg/tenant"},
 	"filippo.io/":                             {"pkg/archive"},
 	"github.com/klauspost/":                   {"pkg/archive"},
+	"github.com/minio/":                       {"pkg/store"},
 }
 
 // from is the lowest layer from which a module may be imported.

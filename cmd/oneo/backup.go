@@ -39,7 +39,7 @@ func (e *env) backups() (*app.App, *backup.Backups, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	b, err := a.Backups(e.environ)
+	b, err := a.Backups()
 	return a, b, err
 }
 
@@ -152,7 +152,7 @@ func backupWork(e *env, a *app.App, request json.RawMessage) (runWork, error) {
 		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
 	}
 	var err error
-	if r.b, err = a.Backups(e.environ); err != nil {
+	if r.b, err = a.Backups(); err != nil {
 		return runWork{}, err
 	}
 	begin := func(ctx context.Context) { r.interrupt = ctx }

@@ -47,12 +47,12 @@ const exitCodes = `Exit codes
     2  usage error, or a confirmation was needed and there is no terminal
     3  one or more tenants of several failed
     4  not allowed
-    5  PostgreSQL or Redis cannot be reached
-   10  tenant, user, key or operation not found
+    5  PostgreSQL, Redis or the store cannot be reached
+   10  tenant, user, key, backup or operation not found
    11  locked by another operation
    12  wrong or missing decryption key
    13  something is pending or has drifted (--check)
-   14  verification failed (a damaged archive; migrate lint found errors)
+   14  verification failed (a damaged archive or backup; migrate lint found errors)
   130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
 `
 
@@ -277,6 +277,7 @@ func (e *env) open() (*app.App, error) {
 	if err != nil {
 		return nil, err
 	}
+	a.Environ = e.environ
 	e.app = a
 	return a, nil
 }

@@ -33,8 +33,11 @@ import (
 
 // App is one process's oneo. It is safe for concurrent use and must be closed.
 type App struct {
-	Config    config.Config
-	Version   string
+	Config  config.Config
+	Version string
+	// Environ is as os.Environ: the keys of the store of backups, and what the programs around a backup see. Whoever opens
+	// the App sets it before that store is used.
+	Environ   []string
 	Log       *slog.Logger
 	DB        *postgres.DB
 	Cache     *cache.Cache

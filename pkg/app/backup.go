@@ -10,21 +10,20 @@ import (
 	"github.com/oneo-crm/oneo/pkg/store"
 )
 
-// Backups are those of the configuration's store; environ, as os.Environ, is that of the programs around a backup. Invalid:
-// there is none, or a key cannot be read.
-func (a *App) Backups(environ []string) (*backup.Backups, error) {
+// Backups are those of the configuration's store. Invalid: there is none, or a key cannot be read.
+func (a *App) Backups() (*backup.Backups, error) {
 	c := a.Config.Backup
 	if c.URL == "" {
 		return nil, fault.New(fault.Invalid, "no place for backups is configured").WithCode("no_backup_store").
 			WithHint("set ONEO_BACKUP_URL (backup.url) to the path of a directory that is not on the database's disk, or to s3://bucket/prefix")
 	}
-	s, err := store.Open(c.URL)
+	s, err := store.Open(c.URL, a.Environ)
 	if err != nil {
 		return nil, err
 	}
 	o := backup.Options{
 		Store: s, DB: a.DB, Transfers: a.Transfers, Secret: a.Config.Server.Secret, KeepMin: c.KeepMin,
-		Before: c.Hooks.Before, After: c.Hooks.After, Environ: environ, Logger: a.Log,
+		Before: c.Hooks.Before, After: c.Hooks.After, Environ: a.Environ, Logger: a.Log,
 	}
 	for _, text := range c.Recipients {
 		r, err := archive.ParseRecipient(text)
@@ -49,7 +48,7 @@ func (a *App) Backups(environ []string) (*backup.Backups, error) {
 type archives struct{ a *App }
 
 func (x archives) EraseArchives(ctx context.Context, tenantID string) (int, error) {
-	b, err := x.a.Backups(nil) // no program runs around this
+	b, err := x.a.Backups()
 	if err != nil {
 		return 0, err
 	}

@@ -380,9 +380,6 @@ func (c Config) Validate() error {
 	positive("migrate.undo_keep", c.Migrate.UndoKeep)
 	positive("backup.undo_keep", c.Backup.UndoKeep)
 	between("backup.keep_min", c.Backup.KeepMin, 1, 1000)
-	if scheme, _, has := strings.Cut(c.Backup.URL, "://"); has && scheme != "s3" {
-		bad("backup.url", "must be the path of a directory, or s3://bucket/prefix")
-	}
 	between("migrate.live_share", c.Migrate.LiveShare, 0, 100)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)

@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
 // Dir keeps objects as files below a directory. Files are readable by their owner only.
@@ -49,16 +47,46 @@ func (d *Dir) Put(ctx context.Context, name string, write func(io.Writer) error)
 	}
 	root, err := d.root(true)
 	if err != nil {
-		return unreachable(err, d)
+		return failed(ctx, err, d)
 	}
 	defer root.Close()
-	if dir := path.Dir(name); dir != "." {
-		if err := root.MkdirAll(dir, 0o700); err != nil {
-			return unreachable(err, d)
+	if err := makeDir(root, path.Dir(name)); err != nil {
+		return failed(ctx, err, d)
+	}
+	var theirs error
+	err = writeWhole(ctx, root, name, func(w io.Writer) error {
+		theirs = write(writerFunc(func(p []byte) (int, error) {
+			n, err := w.Write(p)
+			return n, failed(ctx, err, d)
+		}))
+		return theirs
+	})
+	if theirs != nil {
+		return theirs
+	}
+	return failed(ctx, err, d)
+}
+
+// makeDir makes a directory and those above it, on the disk.
+func makeDir(root *os.Root, dir string) error {
+	if _, err := root.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := root.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for dir != "." {
+		dir = path.Dir(dir)
+		if err := syncDir(root, dir); err != nil {
+			return err
 		}
 	}
-	return writeWhole(ctx, root, name, write)
+	return nil
 }
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // WriteFile makes a file of what write writes, or replaces it: it is there whole or as it was before. Only its owner can
 // read it.
@@ -175,28 +203,70 @@ func syncDir(root *os.Root, dir string) error {
 }
 
 // sweep takes away what processes that died have left behind. What it cannot take away is in nobody's way.
-func sweep(root *os.Root, dir string) {
+func sweep(root *os.Root, dir string) { _ = sweepDir(root, dir, stale) }
+
+// sweepDir takes away what was being written in a directory and is older than age.
+func sweepDir(root *os.Root, dir string, age time.Duration) error {
 	d, err := root.Open(dir)
 	if err != nil {
-		return
+		return err
 	}
 	defer d.Close()
 	entries, err := d.ReadDir(-1)
 	if err != nil {
-		return
+		return err
 	}
 	for _, e := range entries {
 		if !strings.HasPrefix(e.Name(), temporary) {
 			continue
 		}
-		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > stale {
-			_ = root.RemoveAll(path.Join(dir, e.Name()))
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !old(info.ModTime(), age) { // it is whole meanwhile, or is being written
+			continue
+		}
+		if err == nil {
+			err = root.RemoveAll(path.Join(dir, e.Name()))
+		}
+		if err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// old reports whether something from a time is older than age. With 0 all is, whatever the clock says.
+func old(from time.Time, age time.Duration) bool { return age == 0 || time.Since(from) > age }
+
+// Sweep implements Store.
+func (d *Dir) Sweep(ctx context.Context, prefix string, age time.Duration) error {
+	if err := checkPrefix(prefix); err != nil {
+		return err
+	}
+	root, err := d.root(false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return failed(ctx, err, d)
+	}
+	defer root.Close()
+	err = fs.WalkDir(root.FS(), path.Clean(prefix), func(name string, e fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) { // there is nothing of the prefix, or it was deleted meanwhile
+			return nil
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil || !e.IsDir() {
+			return err
+		}
+		return sweepDir(root, name, age)
+	})
+	return failed(ctx, err, d)
 }
 
 // Get implements Store.
-func (d *Dir) Get(_ context.Context, name string) (io.ReadCloser, error) {
+func (d *Dir) Get(ctx context.Context, name string) (io.ReadCloser, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
@@ -205,7 +275,7 @@ func (d *Dir) Get(_ context.Context, name string) (io.ReadCloser, error) {
 		return nil, notFound(err, name)
 	}
 	if err != nil {
-		return nil, unreachable(err, d)
+		return nil, failed(ctx, err, d)
 	}
 	defer root.Close()
 	f, err := root.Open(name)
@@ -213,7 +283,11 @@ func (d *Dir) Get(_ context.Context, name string) (io.ReadCloser, error) {
 		return nil, notFound(err, name)
 	}
 	if err != nil {
-		return nil, unreachable(err, d)
+		return nil, failed(ctx, err, d)
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, notFound(err, name)
 	}
 	return f, nil
 }
@@ -225,7 +299,7 @@ func (d *Dir) List(ctx context.Context, prefix string) ([]Object, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, unreachable(err, d)
+		return nil, failed(ctx, err, d)
 	}
 	defer root.Close()
 	var all []Object
@@ -259,14 +333,14 @@ func (d *Dir) List(ctx context.Context, prefix string) ([]Object, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, unreachable(err, d)
+		return nil, failed(ctx, err, d)
 	}
 	slices.SortFunc(all, func(a, b Object) int { return strings.Compare(a.Name, b.Name) })
 	return all, nil
 }
 
 // Delete implements Store.
-func (d *Dir) Delete(_ context.Context, name string) error {
+func (d *Dir) Delete(ctx context.Context, name string) error {
 	if err := checkName(name); err != nil {
 		return err
 	}
@@ -275,18 +349,15 @@ func (d *Dir) Delete(_ context.Context, name string) error {
 		return nil
 	}
 	if err != nil {
-		return unreachable(err, d)
+		return failed(ctx, err, d)
 	}
 	defer root.Close()
-	if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return unreachable(err, d)
+	info, err := root.Lstat(name)
+	if err == nil && !info.IsDir() {
+		err = root.Remove(name)
 	}
-	return nil
-}
-
-func unreachable(err error, s Store) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return err
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return fault.Wrap(err, fault.Unavailable, "the store %s cannot be used", s).WithCode("store_unreachable")
+	return failed(ctx, err, d)
 }

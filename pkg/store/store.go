@@ -5,17 +5,23 @@ package store
 
 import (
 	"context"
+	"errors"
 	"io"
+	"io/fs"
 	"regexp"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
-// Store keeps objects. It is safe for concurrent use.
+// Store keeps objects. It is safe for concurrent use. Faults: Unavailable where it cannot be reached, or does not answer;
+// Forbidden where it lets nobody in; TooLarge where it is full; Invalid for a name that is none.
 type Store interface {
-	// Put makes an object of what write writes, or replaces it. Only when Put returns nil is it there; otherwise all is as
-	// it was. An error of write comes back.
+	// Put makes an object of what write writes, or replaces it: it is there when Put returns nil, and all of it. Otherwise
+	// all is as it was, but for a store at a distance whose answer to the last word was lost: there it may be there, whole. An
+	// error of write comes back as it is; what it writes to returns the store's faults.
 	Put(ctx context.Context, name string, write func(io.Writer) error) error
 	// Get opens an object, which must be closed. NotFound: there is none of this name.
 	Get(ctx context.Context, name string) (io.ReadCloser, error)
@@ -23,6 +29,9 @@ type Store interface {
 	List(ctx context.Context, prefix string) ([]Object, error)
 	// Delete takes an object away. It does nothing when there is none.
 	Delete(ctx context.Context, name string) error
+	// Sweep takes away what Puts that were killed have left of objects whose names begin with prefix, which is empty or ends
+	// with a slash, and that were begun longer ago than age; 0: however short. Such leftovers are no objects.
+	Sweep(ctx context.Context, prefix string, age time.Duration) error
 	// String says where it is, without secrets.
 	String() string
 }
@@ -46,6 +55,37 @@ func checkName(name string) error {
 		return fault.New(fault.Invalid, "%q is no name for an object in a store", name).WithCode("invalid_object_name")
 	}
 	return nil
+}
+
+func checkPrefix(prefix string) error {
+	if name, ended := strings.CutSuffix(prefix, "/"); prefix != "" && (!ended || checkName(name) != nil) {
+		return fault.New(fault.Invalid, "%q is no prefix of names of objects in a store", prefix).WithCode("invalid_object_name")
+	}
+	return nil
+}
+
+// failed says of an error, if it is one, what it means.
+func failed(ctx context.Context, err error, s Store) error {
+	var f *fault.Fault
+	switch {
+	case err == nil || errors.As(err, &f):
+		return err
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return full(err, s)
+	case errors.Is(err, fs.ErrPermission):
+		return forbidden(err, s)
+	}
+	return fault.Wrap(err, fault.Unavailable, "the store %s cannot be used", s).WithCode("store_unreachable")
+}
+
+func full(cause error, s Store) *fault.Fault {
+	return fault.Wrap(cause, fault.TooLarge, "the store %s is full", s).WithCode("store_full")
+}
+
+func forbidden(cause error, s Store) *fault.Fault {
+	return fault.Wrap(cause, fault.Forbidden, "the store %s denies access", s).WithCode("store_forbidden")
 }
 
 func notFound(cause error, name string) error {
