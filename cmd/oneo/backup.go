@@ -476,6 +476,8 @@ func backupPrune(ctx context.Context, e *env, o backupPruneOptions) error {
 		}
 		// What has come since is judged anew; what was to stay stays.
 		plan, err = b.Prune(ctx, p, id, func(m backup.Manifest) { gone = append(gone, m) })
+	} else {
+		err = b.Sweep(ctx, id)
 	}
 	e.say("took away %d of %d backup(s)", len(gone), len(plan.Verdicts))
 	return errors.Join(err, show(e, gone, manifestColumns))

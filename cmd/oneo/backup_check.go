@@ -391,8 +391,5 @@ func newestOf(ctx context.Context, b *backup.Backups, ts []tenant.Tenant) (map[s
 		return newest, nil
 	}
 	c, err := b.List(ctx, "")
-	for _, m := range c.Backups { // the oldest first
-		newest[m.Tenant] = m
-	}
-	return newest, err
+	return c.Newest(), err
 }

@@ -23,7 +23,7 @@ func (a *App) Backups() (*backup.Backups, error) {
 	}
 	o := backup.Options{
 		Store: s, DB: a.DB, Transfers: a.Transfers, Secret: a.Config.Server.Secret, KeepMin: c.KeepMin,
-		Before: c.Hooks.Before, After: c.Hooks.After, Environ: a.Environ, Logger: a.Log,
+		Before: c.Hooks.Before, After: c.Hooks.After, HookTimeout: c.Hooks.Timeout, Environ: a.Environ, Logger: a.Log,
 	}
 	for _, text := range c.Recipients {
 		r, err := archive.ParseRecipient(text)

@@ -7,6 +7,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -17,7 +18,6 @@ import (
 	"io"
 	"log/slog"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -46,6 +46,8 @@ type Options struct {
 	KeepMin int
 	// Before and After are programs with their arguments that are run around each backup; may be empty.
 	Before, After []string
+	// HookTimeout is when such a program is ended; 0: 10 minutes.
+	HookTimeout time.Duration
 	// Environ is the environment of these programs, as os.Environ; what configures oneo is taken out of it.
 	Environ []string
 	Logger  *slog.Logger
@@ -67,6 +69,7 @@ func New(o Options) (*Backups, error) {
 			WithHint("set ONEO_SERVER_SECRET to the one that `oneo init` was run with: it signs what is known of backups")
 	}
 	o.KeepMin = max(1, o.KeepMin)
+	o.HookTimeout = cmp.Or(o.HookTimeout, 10*time.Minute)
 	return &Backups{o: o, key: manifestKey(o.Secret)}, nil
 }
 
@@ -150,10 +153,15 @@ func (b *Backups) Create(ctx context.Context, t tenant.Tenant, o CreateOptions) 
 }
 
 // write puts the archive and then its manifest into the store, and completes m.
-func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progress func(transfer.Progress)) error {
+func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progress func(transfer.Progress)) (err error) {
 	var into *summed
 	var exportErr error
-	err := b.o.Store.Put(ctx, m.Name, func(w io.Writer) error {
+	defer func() {
+		if err != nil && into != nil {
+			b.unmake(ctx, *m)
+		}
+	}()
+	err = b.o.Store.Put(ctx, m.Name, func(w io.Writer) error {
 		into = &summed{w: w, sum: sha256.New()}
 		if err := failpoint.Hit("backup.begun"); err != nil {
 			return err
@@ -168,12 +176,12 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 	})
 	switch {
 	case err == nil:
-	case into != nil && into.err != nil:
-		return b.unwritten(into.err)
-	case exportErr != nil:
-		return exportErr
-	default:
+	case exportErr == nil || !errors.Is(err, exportErr): // the store's own
 		return b.unwritten(err)
+	case into.err != nil: // the export was ended by it
+		return b.unwritten(into.err)
+	default:
+		return exportErr
 	}
 	m.Bytes, m.SHA256 = into.n, hex.EncodeToString(into.sum.Sum(nil))
 	m.Keys = []string{}
@@ -184,23 +192,34 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 		return err
 	}
 	if err := b.put(ctx, *m); err != nil {
-		// Without its manifest it is no backup. What cannot be taken away now is swept by Prune one day.
-		dctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer cancel()
-		return errors.Join(err, b.o.Store.Delete(dctx, m.Name))
+		return err
 	}
 	return failpoint.Hit("backup.recorded")
+}
+
+// unmake takes away what there may be of a backup that failed, if only because an answer was lost: the manifest first, without
+// which it is none. What cannot be taken away is a backup that nobody was told of, or is swept by Prune one day.
+func (b *Backups) unmake(ctx context.Context, m Manifest) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	err := b.o.Store.Delete(ctx, m.manifestName())
+	if err == nil {
+		err = b.o.Store.Delete(ctx, m.Name)
+	}
+	if err != nil {
+		b.o.Logger.WarnContext(ctx, "what a failed backup has left cannot be taken away", "tenant", m.Slug, "backup", m.ID, "error", err)
+	}
 }
 
 // unwritten is a store that did not take what was written.
 func (b *Backups) unwritten(err error) error {
 	var f *fault.Fault
 	switch {
-	case errors.As(err, &f), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded), errors.Is(err, failpoint.ErrInjected):
-		return err
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		return fault.Wrap(err, fault.TooLarge, "the store %s is full; nothing is left of this backup, and the others are as they were", b.o.Store).WithCode("store_full").
+	case errors.As(err, &f) && f.Code == "store_full":
+		return fault.Wrap(err, f.Kind, "%s; nothing is left of this backup, and the others are as they were", f.Message).WithCode(f.Code).
 			WithHint("make room: oneo backup prune")
+	case f != nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded), errors.Is(err, failpoint.ErrInjected):
+		return err
 	}
 	return fault.Wrap(err, fault.Unavailable, "the store %s cannot be written", b.o.Store).WithCode("store_unreachable")
 }
@@ -212,8 +231,7 @@ func (b *Backups) madeFor(ctx context.Context, t tenant.Tenant, mark string, run
 		return Manifest{}, false, err
 	}
 	for _, o := range objects {
-		name, ok := strings.CutSuffix(o.Name, manifestSuffix)
-		if p, parsed := parseName(name + archiveSuffix); !ok || !parsed || !strings.HasPrefix(p.id, mark) {
+		if p, ours := parseManifestName(o.Name); !ours || !strings.HasPrefix(p.id, mark) {
 			continue
 		}
 		m, err := b.read(ctx, o.Name)

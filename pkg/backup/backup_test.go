@@ -8,16 +8,20 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
 
 	"filippo.io/age"
 	"github.com/google/uuid"
+	"github.com/johannesboyne/gofakes3"
+	"github.com/johannesboyne/gofakes3/backend/s3mem"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
@@ -356,6 +360,20 @@ func (s *short) Write(p []byte) (int, error) {
 	return s.w.Write(p)
 }
 
+// forgetful is a store whose answer to having taken an object of a kind is lost.
+type forgetful struct {
+	store.Store
+	suffix string
+}
+
+func (s *forgetful) Put(ctx context.Context, name string, write func(io.Writer) error) error {
+	err := s.Store.Put(ctx, name, write)
+	if err == nil && strings.HasSuffix(name, s.suffix) {
+		err = errors.New("connection lost")
+	}
+	return err
+}
+
 // F47: a store that is full, or goes away, leaves nothing of the backup and all of the others.
 func TestStoreFails(t *testing.T) {
 	t.Parallel()
@@ -363,7 +381,7 @@ func TestStoreFails(t *testing.T) {
 	one := f.tenant("acme", 20_000)
 	m := f.back(one)
 	was := f.files()
-	full := &os.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}
+	full := fault.New(fault.TooLarge, "the store is full").WithCode("store_full")
 	for _, c := range []struct {
 		suffix string
 		after  int
@@ -381,6 +399,11 @@ func TestStoreFails(t *testing.T) {
 		require.NoError(t, err)
 		require.Len(t, entries, 2)
 	}
+	for _, suffix := range []string{".oneo", ".json"} {
+		_, err := f.with(func(o *backup.Options) { o.Store = &forgetful{f.o.Store, suffix} }).Create(t.Context(), one, backup.CreateOptions{})
+		require.True(t, fault.Is(err, fault.Unavailable), "%v", err)
+		require.Equal(t, was, f.files())
+	}
 	require.NoError(t, f.Verify(t.Context(), m, nil))
 	ctx, cancel := context.WithCancel(t.Context())
 	b := f.with(func(o *backup.Options) {
@@ -390,6 +413,53 @@ func TestStoreFails(t *testing.T) {
 	_, err := b.Create(ctx, one, backup.CreateOptions{})
 	require.ErrorIs(t, err, context.Canceled)
 	require.Equal(t, was, f.files())
+}
+
+// In S3 it is the same, and what the service refuses is told as what it is.
+func TestBackupInS3(t *testing.T) {
+	t.Parallel()
+	backend := s3mem.New()
+	require.NoError(t, backend.CreateBucket("bucket"))
+	inner := gofakes3.New(backend, gofakes3.WithLogger(gofakes3.DiscardLog())).Server()
+	var refuse atomic.Bool
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if refuse.Load() && r.Method == http.MethodPut {
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, `<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>`)
+			return
+		}
+		if r.Method == http.MethodGet && r.URL.Query().Has("uploads") { // it knows no empty list of them
+			_, _ = io.WriteString(w, `<ListMultipartUploadsResult><Bucket>bucket</Bucket></ListMultipartUploadsResult>`)
+			return
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	s, err := store.Open("s3://bucket/backups?endpoint="+server.URL, []string{"AWS_ACCESS_KEY_ID=id", "AWS_SECRET_ACCESS_KEY=secret"})
+	require.NoError(t, err)
+	f := newFixture(t, func(o *backup.Options) { o.Store = s })
+	one := f.tenant("acme", 1000)
+	first, second := f.back(one), f.back(one)
+	require.NoError(t, f.Verify(t.Context(), first, nil))
+	_, err = f.Try(t.Context(), second, "main", transfer.Loading{Actor: "test"})
+	require.NoError(t, err)
+	refuse.Store(true)
+	was := f.files()
+	_, err = f.Create(t.Context(), one, backup.CreateOptions{})
+	require.True(t, fault.Is(err, fault.Forbidden), "%v", err)
+	require.ErrorContains(t, err, "denies access")
+	require.Equal(t, was, f.files())
+	refuse.Store(false)
+	_, err = f.Prune(t.Context(), backup.Policy{Last: 1}, "", func(backup.Manifest) {})
+	require.NoError(t, err)
+	got, err := f.Newest(t.Context(), one.ID)
+	require.NoError(t, err)
+	require.Equal(t, second.ID, got.ID)
+	require.Len(t, f.files(), 2)
+	n, err := f.EraseArchives(t.Context(), one.ID)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.Empty(t, f.files())
 }
 
 // Pruning takes whole backups away and what was interrupted long ago, and never what is kept.

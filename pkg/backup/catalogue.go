@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/store"
@@ -24,6 +25,20 @@ type Catalogue struct {
 	Bad []Bad
 	// Loose are archives without a manifest: of backups that were interrupted, or are being made.
 	Loose []store.Object
+
+	newest time.Time // when the last one of all objects was written, by the store's clock
+}
+
+// Newest are the last backups by the ids of their tenants. One of the future is that only of a tenant that has no other.
+func (c Catalogue) Newest() map[string]Manifest {
+	newest := map[string]Manifest{}
+	now := time.Now()
+	for _, m := range c.Backups { // the oldest first
+		if _, has := newest[m.Tenant]; !has || !m.future(now) {
+			newest[m.Tenant] = m
+		}
+	}
+	return newest
 }
 
 // Bad is a manifest that is none.
@@ -37,21 +52,21 @@ const readers = 16
 
 // List reads what there is of a tenant, by its id, or of all tenants: "".
 func (b *Backups) List(ctx context.Context, tenantID string) (c Catalogue, err error) {
-	prefix := ""
-	if tenantID != "" {
-		prefix = tenantID + "/"
-	}
-	objects, err := b.o.Store.List(ctx, prefix)
+	objects, err := b.o.Store.List(ctx, prefixOf(tenantID))
 	if err != nil {
 		return c, err
 	}
 	archives := map[string]store.Object{}
 	var names []string
 	for _, o := range objects {
-		if strings.HasSuffix(o.Name, manifestSuffix) {
-			names = append(names, o.Name)
-		} else if _, ours := parseName(o.Name); ours {
+		if o.Modified.After(c.newest) {
+			c.newest = o.Modified
+		}
+		// What has another name is somebody else's.
+		if _, ours := parseName(o.Name); ours {
 			archives[o.Name] = o
+		} else if _, ours := parseManifestName(o.Name); ours {
+			names = append(names, o.Name)
 		}
 	}
 	manifests, errs := make([]Manifest, len(names)), make([]error, len(names))
@@ -73,7 +88,7 @@ func (b *Backups) List(ctx context.Context, tenantID string) (c Catalogue, err e
 	workers.Wait()
 	for i, err := range errs {
 		archived := strings.TrimSuffix(names[i], manifestSuffix) + archiveSuffix
-		_, there := archives[archived]
+		o, there := archives[archived]
 		if !fault.Is(err, fault.NotFound) { // deleted meanwhile
 			delete(archives, archived)
 		}
@@ -85,6 +100,8 @@ func (b *Backups) List(ctx context.Context, tenantID string) (c Catalogue, err e
 			return c, err
 		case !there:
 			c.Bad = append(c.Bad, Bad{names[i], gone(manifests[i])})
+		case o.Size != manifests[i].Bytes:
+			c.Bad = append(c.Bad, Bad{names[i], cut(manifests[i], o.Size)})
 		default:
 			c.Backups = append(c.Backups, manifests[i])
 		}
@@ -106,6 +123,18 @@ func gone(m Manifest) error {
 	return m.named(fault.New(fault.Unverified, "the archive %s is not in the store", m.Name).WithCode("archive_missing"))
 }
 
+func cut(m Manifest, size int64) error {
+	return m.named(fault.New(fault.Unverified, "the archive %s has %d bytes, and %d were written", m.Name, size, m.Bytes).WithCode("backup_damaged").
+		WithHint("take an older backup: oneo backup list -t %s", m.Slug))
+}
+
+func prefixOf(tenantID string) string {
+	if tenantID == "" {
+		return ""
+	}
+	return tenantID + "/"
+}
+
 // minID is how many characters of an id must be given.
 const minID = 4
 
@@ -125,12 +154,11 @@ func (b *Backups) Find(ctx context.Context, id string) (m Manifest, err error) {
 	if err != nil {
 		return m, err
 	}
-	archives := map[string]bool{}
+	sizes := map[string]int64{}
 	var found []string
 	for _, o := range objects {
-		archives[o.Name] = true
-		name, ok := strings.CutSuffix(o.Name, manifestSuffix)
-		if p, parsed := parseName(name + archiveSuffix); ok && parsed && strings.HasPrefix(p.id, id) {
+		sizes[o.Name] = o.Size
+		if p, ours := parseManifestName(o.Name); ours && strings.HasPrefix(p.id, id) {
 			found = append(found, o.Name)
 		}
 	}
@@ -141,29 +169,39 @@ func (b *Backups) Find(ctx context.Context, id string) (m Manifest, err error) {
 	default:
 		return m, fault.New(fault.Invalid, "the ids of %d backups begin with %s", len(found), id).WithCode("ambiguous_backup").WithHint("oneo backup list; give more of the id")
 	}
-	if m, err = b.read(ctx, found[0]); err == nil && !archives[m.Name] {
-		err = gone(m)
+	if m, err = b.read(ctx, found[0]); err != nil {
+		return m, err
 	}
-	return m, err
+	switch size, there := sizes[m.Name]; {
+	case !there:
+		return m, gone(m)
+	case size != m.Bytes:
+		return m, cut(m, size)
+	}
+	return m, nil
 }
 
-// Newest is the last backup of a tenant. NotFound: there is none.
+// Newest is the last backup of a tenant, as Catalogue says it. NotFound: there is none.
 func (b *Backups) Newest(ctx context.Context, tenantID string) (m Manifest, err error) {
 	c, err := b.List(ctx, tenantID)
 	if err != nil {
 		return m, err
 	}
-	if len(c.Backups) == 0 {
+	m, has := c.Newest()[tenantID]
+	if !has {
 		return m, fault.New(fault.NotFound, "there is no backup of this tenant").WithCode("backup_not_found").WithHint("oneo backup create -t NAME")
 	}
-	return c.Backups[len(c.Backups)-1], nil
+	return m, nil
 }
 
-// Open reads the archive of a backup. What is not as its manifest says is a fault of the kind Unverified instead of io.EOF: what
+// Open reads the archive of a backup. NotFound: it was pruned since. What is not as its manifest says is a fault of the kind Unverified instead of io.EOF: what
 // was read before that must not be believed.
 func (b *Backups) Open(ctx context.Context, m Manifest) (io.ReadCloser, error) {
 	in, err := b.o.Store.Get(ctx, m.Name)
 	if fault.Is(err, fault.NotFound) {
+		if _, err := b.read(ctx, m.manifestName()); fault.Is(err, fault.NotFound) {
+			return nil, fault.New(fault.NotFound, "the backup %s was taken away meanwhile", m.ID).WithCode("backup_not_found").WithHint("oneo backup list")
+		}
 		return nil, gone(m)
 	}
 	if err != nil {

@@ -13,8 +13,9 @@ import (
 // lockCatalogue is the first key of the advisory lock of those who take backups away or keep them; the second is 0.
 const lockCatalogue = 7302661
 
-// alone runs fn while nobody else of this installation takes backups away or keeps them. Locked: somebody does.
-func (b *Backups) alone(ctx context.Context, fn func() error) error {
+// alone runs fn while nobody else of this installation takes backups away or keeps them. Locked: somebody does. still is
+// asked before each thing that cannot be taken back: the lock may be lost with its connection.
+func (b *Backups) alone(ctx context.Context, fn func(still func() error) error) error {
 	return b.o.DB.OwnerSession(ctx, postgres.MainGroup, func(ses *postgres.Session) error {
 		var got bool
 		if err := ses.QueryRow(ctx, `select pg_catalog.pg_try_advisory_lock($1::int4, 0)`, lockCatalogue).Scan(&got); err != nil {
@@ -24,7 +25,7 @@ func (b *Backups) alone(ctx context.Context, fn func() error) error {
 			return fault.New(fault.Locked, "somebody else is taking backups away, or keeps one").WithCode("catalogue_busy").WithRetry(time.Second).
 				WithHint("wait until it is done, then run the command again")
 		}
-		return fn() // the lock ends with the session
+		return fn(func() error { return ses.Script(ctx, "select 1") }) // the lock ends with the session
 	})
 }
 

@@ -10,12 +10,13 @@ import (
 )
 
 // EraseArchives destroys every object of the tenant with this id: its backups, those that are kept as well, and what interrupted
-// ones have left. It says how many archives there were, and is safe to repeat. Locked: somebody else is at the catalogue.
+// ones have left, whole or not. It says how many archives there were, and is safe to repeat. Locked: somebody else is at the
+// catalogue.
 func (b *Backups) EraseArchives(ctx context.Context, tenantID string) (n int, err error) {
 	if id, err := uuid.Parse(tenantID); err != nil || id.String() != tenantID {
 		return 0, fault.New(fault.Internal, "%q is no tenant's id: its archives were not erased", tenantID) // the beginning of others' names, perhaps
 	}
-	err = b.alone(ctx, func() error {
+	err = b.alone(ctx, func(func() error) error {
 		objects, err := b.o.Store.List(ctx, tenantID+"/")
 		if err != nil {
 			return err
@@ -34,7 +35,7 @@ func (b *Backups) EraseArchives(ctx context.Context, tenantID string) (n int, er
 				}
 			}
 		}
-		return nil
+		return b.o.Store.Sweep(ctx, tenantID+"/", 0)
 	})
 	return n, err
 }

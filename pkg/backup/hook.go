@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // hookEvent is what a program reads from its standard input.
@@ -24,7 +27,11 @@ type hookEvent struct {
 // hookWait is how long what a program has left behind may hold its output.
 const hookWait = 5 * time.Second
 
-// hook runs a program to its end, in a process group of its own that ends with ctx. Its words are told only when it fails.
+// keptBack are names of the environment, or how they begin, that a program does not see: what configures oneo and its store.
+var keptBack = []string{"ONEO_", "DATABASE_URL=", "REDIS_URL=", "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SESSION_TOKEN="}
+
+// hook runs a program to its end, in a process group of its own that ends with ctx, or when HookTimeout is over. Its words
+// are told only when it fails.
 func (b *Backups) hook(ctx context.Context, name string, program []string, ev hookEvent) error {
 	if len(program) == 0 {
 		return nil
@@ -34,11 +41,13 @@ func (b *Backups) hook(ctx context.Context, name string, program []string, ev ho
 	if err != nil {
 		return fmt.Errorf("write for the program: %w", err)
 	}
-	cmd := exec.CommandContext(ctx, program[0], program[1:]...)
+	tctx, cancel := context.WithTimeout(ctx, b.o.HookTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(tctx, program[0], program[1:]...)
 	said := &tail{}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(append(in, '\n')), said, said
 	for _, kv := range b.o.Environ {
-		if !strings.HasPrefix(kv, "ONEO_") && !strings.HasPrefix(kv, "DATABASE_URL=") && !strings.HasPrefix(kv, "REDIS_URL=") {
+		if !slices.ContainsFunc(keptBack, func(name string) bool { return strings.HasPrefix(kv, name) }) {
 			cmd.Env = append(cmd.Env, kv)
 		}
 	}
@@ -53,24 +62,40 @@ func (b *Backups) hook(ctx context.Context, name string, program []string, ev ho
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
+	case tctx.Err() != nil:
+		return fmt.Errorf("%s: was ended, as it was not done after %s", program[0], b.o.HookTimeout)
 	case errors.As(err, &exit) && said.String() != "":
 		return fmt.Errorf("%s: %w: %s", program[0], err, said)
 	}
 	return fmt.Errorf("%s: %w", program[0], err)
 }
 
-// tail keeps the end of what is written.
-type tail struct{ text []byte }
+// tail keeps the end of what is written. Who writes may be somebody who was left behind, and outlives the wait.
+type tail struct {
+	mu   sync.Mutex
+	text []byte
+}
 
 // maxTail is how much is kept, in bytes.
 const maxTail = 2 << 10
 
 func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.text = append(t.text, p...)
 	t.text = t.text[max(0, len(t.text)-maxTail):]
 	return len(p), nil
 }
 
+// String is the text in one line, without what would steer a terminal.
 func (t *tail) String() string {
-	return strings.Join(strings.Fields(strings.ToValidUTF8(string(t.text), "?")), " ")
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	text := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(string(t.text), "?"))
+	return strings.Join(strings.Fields(text), " ")
 }

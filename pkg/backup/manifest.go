@@ -72,6 +72,15 @@ func parseName(name string) (p place, ok bool) {
 	return place{tenant: parts[1], id: parts[3], begun: begun}, err == nil
 }
 
+// parseManifestName says of a manifest's name what its archive's says.
+func parseManifestName(name string) (p place, ok bool) {
+	stem, ok := strings.CutSuffix(name, manifestSuffix)
+	if !ok {
+		return p, false
+	}
+	return parseName(stem + archiveSuffix)
+}
+
 // signed is a manifest in the store.
 type signed struct {
 	Manifest json.RawMessage `json:"manifest"`

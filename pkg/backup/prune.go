@@ -53,9 +53,10 @@ type Verdict struct {
 	Why  []string // it stays
 }
 
-// Apply says of each backup whether it stays; of one tenant at least the keepMin newest do, and those that are kept. The
-// verdicts are by tenant, in the order of their names, and the newest backup first.
-func (p Policy) Apply(backups []Manifest, keepMin int) []Verdict {
+// Apply says of each backup whether it stays; of one tenant at least the keepMin newest do, and those that are kept. Those of
+// the future stay as well, and no rule counts them: a clock was wrong, and what it says takes no other one's place. The verdicts
+// are by tenant, in the order of their names, and the newest backup first.
+func (p Policy) Apply(backups []Manifest, keepMin int, now time.Time) []Verdict {
 	byTenant := map[string][]Manifest{}
 	for _, m := range backups {
 		byTenant[m.Tenant] = append(byTenant[m.Tenant], m)
@@ -73,10 +74,23 @@ func (p Policy) Apply(backups []Manifest, keepMin int) []Verdict {
 	})
 	var all []Verdict
 	for _, ms := range tenants {
-		all = append(all, p.tenant(ms, keepMin)...)
+		past := ms
+		for len(past) > 0 && past[0].future(now) {
+			all = append(all, Verdict{Manifest: past[0], Keep: true, Why: []string{"future"}})
+			past = past[1:]
+		}
+		if len(past) > 0 {
+			all = append(all, p.tenant(past, keepMin)...)
+		}
 	}
 	return all
 }
+
+// skew is how far the clocks of those who make backups may be apart.
+const skew = time.Hour
+
+// future reports whether a backup says that it was made later than now.
+func (m Manifest) future(now time.Time) bool { return m.Made.After(now.Add(skew)) }
 
 // tenant applies the policy to the backups of one tenant, the newest first.
 func (p Policy) tenant(ms []Manifest, keepMin int) []Verdict {
@@ -121,7 +135,8 @@ func (p Policy) tenant(ms []Manifest, keepMin int) []Verdict {
 	return verdicts
 }
 
-// looseFor is how long an archive without a manifest is left alone: its backup may still be at work.
+// looseFor is how long an archive without a manifest is left alone: its backup may still be at work. It is counted to the
+// newest thing that the store holds, and not to the time of this machine: who made it lives by the same clock.
 const looseFor = 7 * 24 * time.Hour
 
 // Plan is what Prune would do.
@@ -148,26 +163,29 @@ func (b *Backups) Plan(ctx context.Context, p Policy, tenantID string) (Plan, er
 	if err != nil {
 		return Plan{}, err
 	}
-	plan := Plan{Verdicts: p.Apply(c.Backups, b.o.KeepMin), Bad: c.Bad}
+	plan := Plan{Verdicts: p.Apply(c.Backups, b.o.KeepMin, time.Now()), Bad: c.Bad}
 	for _, o := range c.Loose {
-		if time.Since(o.Modified) > looseFor {
+		if c.newest.Sub(o.Modified) > looseFor {
 			plan.Loose = append(plan.Loose, o)
 		}
 	}
 	return plan, nil
 }
 
-// Prune takes away what the policy does not keep. Nobody else changes what is kept meanwhile. done is called with each
-// backup that is gone; what has been taken away stays so when an error ends it.
+// Prune takes away what the policy does not keep, and what killed processes have left. Nobody else changes what is kept
+// meanwhile. done is called with each backup that is gone; what has been taken away stays so when an error ends it.
 func (b *Backups) Prune(ctx context.Context, p Policy, tenantID string, done func(Manifest)) (Plan, error) {
 	var plan Plan
-	err := b.alone(ctx, func() (err error) {
+	err := b.alone(ctx, func(still func() error) (err error) {
 		if plan, err = b.Plan(ctx, p, tenantID); err != nil {
 			return err
 		}
 		for _, v := range plan.Verdicts {
 			if v.Keep {
 				continue
+			}
+			if err := still(); err != nil {
+				return err
 			}
 			// Without its manifest it is no backup any more, also if the archive stays behind.
 			if err := b.o.Store.Delete(ctx, v.manifestName()); err != nil {
@@ -183,9 +201,15 @@ func (b *Backups) Prune(ctx context.Context, p Policy, tenantID string, done fun
 				return err
 			}
 		}
-		return nil
+		return b.Sweep(ctx, tenantID)
 	})
 	return plan, err
+}
+
+// Sweep takes away what killed processes have left long ago of archives that were being written, of a tenant, or of all: "". It
+// is part of Prune.
+func (b *Backups) Sweep(ctx context.Context, tenantID string) error {
+	return b.o.Store.Sweep(ctx, prefixOf(tenantID), looseFor)
 }
 
 // Keep keeps Prune away from a backup, or no longer; reason, if there is one, replaces the one that it has.
@@ -193,7 +217,7 @@ func (b *Backups) Keep(ctx context.Context, id string, kept bool, reason string)
 	if err := checkReason(reason); err != nil {
 		return m, err
 	}
-	err = b.alone(ctx, func() error {
+	err = b.alone(ctx, func(func() error) error {
 		if m, err = b.Find(ctx, id); err != nil {
 			return err
 		}

@@ -24,6 +24,9 @@ func at(tenant string, times ...string) (ms []backup.Manifest) {
 	return ms
 }
 
+// today is behind all of them but those that are of the future.
+var today = time.Date(2027, 6, 1, 12, 0, 0, 0, time.UTC)
+
 func TestPolicy(t *testing.T) {
 	t.Parallel()
 	days := []string{"2026-11-20 01:00", "2026-11-21 01:00", "2026-11-22 01:00", "2026-11-23 01:00", "2026-11-24 01:00", "2026-11-25 01:00", "2026-11-25 13:00"}
@@ -42,18 +45,23 @@ func TestPolicy(t *testing.T) {
 		"months": {backup.Policy{Monthly: 2}, 1, []string{"2026-09-30 23:59", "2026-10-01 00:00", "2026-10-31 23:59", "2026-11-01 00:00"}, []string{"11-01 00:00 monthly", "10-31 23:59 monthly"}},
 		"the same month of another year is another": {backup.Policy{Monthly: 9}, 1, []string{"2025-11-01 00:00", "2026-11-01 00:00"}, []string{"11-01 00:00 monthly", "11-01 00:00 monthly"}},
 		"hours": {backup.Policy{Hourly: 2}, 1, []string{"2026-11-25 12:59", "2026-11-25 13:00", "2026-11-25 13:59"}, []string{"11-25 13:59 hourly", "11-25 12:59 hourly"}},
-		"the same hour of another day is another":      {backup.Policy{Hourly: 9}, 1, []string{"2026-11-24 13:00", "2026-11-25 13:00"}, []string{"11-25 13:00 hourly", "11-24 13:00 hourly"}},
-		"what several rules keep stays once":           {backup.Policy{Last: 1, Daily: 2, Weekly: 1}, 1, days, []string{"11-25 13:00 last,daily,weekly", "11-24 01:00 daily"}},
-		"within, from the newest and not from now":     {backup.Policy{Within: backup.Span{Days: 1}}, 1, days, []string{"11-25 13:00 within", "11-25 01:00 within"}},
-		"within, to the minute":                        {backup.Policy{Within: backup.Span{Hours: 12}}, 1, days, []string{"11-25 13:00 within", "11-25 01:00 within"}},
-		"within, a month is the calendar's":            {backup.Policy{Within: backup.Span{Months: 1}}, 1, []string{"2026-02-27 00:00", "2026-02-28 00:00", "2026-03-28 00:00"}, []string{"03-28 00:00 within", "02-28 00:00 within"}},
-		"kept ones stay, and do not count for a rule":  {backup.Policy{Last: 1}, 1, []string{"2026-11-20 01:00+", "2026-11-21 01:00", "2026-11-22 01:00"}, []string{"11-22 01:00 last", "11-20 01:00 kept"}},
-		"never below the minimum":                      {backup.Policy{Last: 1}, 3, days, []string{"11-25 13:00 last", "11-25 01:00 minimum", "11-24 01:00 minimum"}},
-		"nothing but the minimum":                      {backup.Policy{}, 1, days, []string{"11-25 13:00 minimum"}},
+		"the same hour of another day is another":     {backup.Policy{Hourly: 9}, 1, []string{"2026-11-24 13:00", "2026-11-25 13:00"}, []string{"11-25 13:00 hourly", "11-24 13:00 hourly"}},
+		"what several rules keep stays once":          {backup.Policy{Last: 1, Daily: 2, Weekly: 1}, 1, days, []string{"11-25 13:00 last,daily,weekly", "11-24 01:00 daily"}},
+		"within, from the newest and not from now":    {backup.Policy{Within: backup.Span{Days: 1}}, 1, days, []string{"11-25 13:00 within", "11-25 01:00 within"}},
+		"within, to the minute":                       {backup.Policy{Within: backup.Span{Hours: 12}}, 1, days, []string{"11-25 13:00 within", "11-25 01:00 within"}},
+		"within, a month is the calendar's":           {backup.Policy{Within: backup.Span{Months: 1}}, 1, []string{"2026-02-27 00:00", "2026-02-28 00:00", "2026-03-28 00:00"}, []string{"03-28 00:00 within", "02-28 00:00 within"}},
+		"kept ones stay, and do not count for a rule": {backup.Policy{Last: 1}, 1, []string{"2026-11-20 01:00+", "2026-11-21 01:00", "2026-11-22 01:00"}, []string{"11-22 01:00 last", "11-20 01:00 kept"}},
+		"never below the minimum":                     {backup.Policy{Last: 1}, 3, days, []string{"11-25 13:00 last", "11-25 01:00 minimum", "11-24 01:00 minimum"}},
+		"nothing but the minimum":                     {backup.Policy{}, 1, days, []string{"11-25 13:00 minimum"}},
+		"one of the future stays, and takes no other one's place": {backup.Policy{Last: 1, Within: backup.Span{Days: 1}}, 2,
+			append([]string{"2036-11-25 01:00", "2036-11-26 01:00"}, days...), []string{"11-26 01:00 future", "11-25 01:00 future", "11-25 13:00 last,within", "11-25 01:00 within"}},
+		"nor that of the minimum":                      {backup.Policy{}, 1, append([]string{"2036-11-25 01:00"}, days...), []string{"11-25 01:00 future", "11-25 13:00 minimum"}},
+		"a clock that stood in the past loses none":    {backup.Policy{Last: 1}, 1, []string{"2036-11-25 01:00", "2036-11-26 01:00"}, []string{"11-26 01:00 future", "11-25 01:00 future"}},
+		"clocks that are a little apart are right":     {backup.Policy{Last: 1}, 1, []string{"2027-06-01 11:00", "2027-06-01 12:59"}, []string{"06-01 12:59 last"}},
 		"a kept old one does not stand for the newest": {backup.Policy{}, 1, []string{"2026-11-20 01:00+", "2026-11-21 01:00"}, []string{"11-21 01:00 minimum", "11-20 01:00 kept"}},
 	} {
 		var got []string
-		verdicts := c.policy.Apply(at("acme", c.backups...), c.keepMin)
+		verdicts := c.policy.Apply(at("acme", c.backups...), c.keepMin, today)
 		require.Len(t, verdicts, len(c.backups), name)
 		for _, v := range verdicts {
 			require.Equal(t, v.Keep, len(v.Why) > 0, name)
@@ -72,11 +80,11 @@ func TestPolicyIsOfEachTenant(t *testing.T) {
 	former := at("id-of-a-purged-one", "2019-01-01 00:00")
 	former[0].Slug = "acme"
 	var got []string
-	for _, v := range (backup.Policy{Last: 1}).Apply(append(all, former...), 1) {
+	for _, v := range (backup.Policy{Last: 1}).Apply(append(all, former...), 1, today) {
 		got = append(got, fmt.Sprintf("%s %s %t", v.Tenant, v.Made.Format(time.DateOnly), v.Keep))
 	}
 	require.Equal(t, []string{"acme 2020-01-01 true", "id-of-a-purged-one 2019-01-01 true", "beta 2026-11-21 true", "beta 2026-11-20 false"}, got)
-	require.Empty(t, (backup.Policy{Last: 1}).Apply(nil, 1))
+	require.Empty(t, (backup.Policy{Last: 1}).Apply(nil, 1, today))
 }
 
 func TestParseSpan(t *testing.T) {

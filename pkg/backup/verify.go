@@ -34,10 +34,10 @@ func (b *Backups) Verify(ctx context.Context, m Manifest, identities []archive.I
 		}
 	}
 	trailer, err := a.Trailer()
-	if err != nil {
-		return err
+	if err == nil {
+		err = m.comesTo(trailer)
 	}
-	return m.named(m.comesTo(trailer))
+	return m.named(err)
 }
 
 // worse says of an archive that cannot be opened whether it is damaged: a changed preamble looks like a wrong key.

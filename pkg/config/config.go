@@ -156,10 +156,11 @@ type Backup struct {
 	UndoKeep     time.Duration `mapstructure:"undo_keep"`
 }
 
-// Hooks are programs, with their arguments, that are run around each backup.
+// Hooks are programs, with their arguments, that are run around each backup, and for how long each of them may.
 type Hooks struct {
-	Before []string `mapstructure:"before"`
-	After  []string `mapstructure:"after"`
+	Before  []string      `mapstructure:"before"`
+	After   []string      `mapstructure:"after"`
+	Timeout time.Duration `mapstructure:"timeout"`
 }
 
 // Log says what is logged and how.
@@ -191,7 +192,7 @@ func Default() Config {
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, LiveShare: 25, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
-		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}}, UndoKeep: 7 * 24 * time.Hour},
+		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, UndoKeep: 7 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -380,6 +381,7 @@ func (c Config) Validate() error {
 	positive("migrate.undo_keep", c.Migrate.UndoKeep)
 	positive("backup.undo_keep", c.Backup.UndoKeep)
 	between("backup.keep_min", c.Backup.KeepMin, 1, 1000)
+	positive("backup.hooks.timeout", c.Backup.Hooks.Timeout)
 	between("migrate.live_share", c.Migrate.LiveShare, 0, 100)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
