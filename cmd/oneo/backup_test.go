@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -22,6 +23,7 @@ type backed struct {
 	env     *pgtest.Env
 	admin   *pgx.Conn
 	extra   []string
+	dir     string // the store
 	tenants int
 }
 
@@ -29,7 +31,8 @@ func newBacked(t *testing.T, tenants int, extra ...string) *backed {
 	t.Helper()
 	_, err := plainOneo()
 	require.NoError(t, err)
-	f := &backed{t: t, env: pgtest.New(t), tenants: tenants, extra: append([]string{plain, staleAfter, "ONEO_BACKUP_URL=" + filepath.Join(t.TempDir(), "store")}, extra...)}
+	f := &backed{t: t, env: pgtest.New(t), dir: filepath.Join(t.TempDir(), "store"), tenants: tenants}
+	f.extra = append([]string{plain, staleAfter, "ONEO_BACKUP_URL=" + f.dir}, extra...)
 	f.admin = pgtest.Admin(t, f.env.AdminURL)
 	for i := range tenants {
 		f.env.Tenant(t, fmt.Sprintf("t%03d", i))
@@ -70,6 +73,25 @@ func (f *backed) each() map[string]int {
 	return n
 }
 
+// leftovers are the files of archives that were not written to their end, and archives without a manifest.
+func (f *backed) leftovers() (halves, loose []string) {
+	f.t.Helper()
+	require.NoError(f.t, filepath.WalkDir(f.dir, func(name string, e os.DirEntry, err error) error {
+		switch stem, archived := strings.CutSuffix(name, ".oneo"); {
+		case err != nil || e.IsDir():
+			return err
+		case strings.HasPrefix(e.Name(), "."):
+			halves = append(halves, name)
+		case archived:
+			if _, err := os.Stat(stem + ".json"); err != nil {
+				loose = append(loose, name)
+			}
+		}
+		return nil
+	}))
+	return halves, loose
+}
+
 func (f *backed) want(n int) map[string]int {
 	all := map[string]int{}
 	for i := range f.tenants {
@@ -107,6 +129,25 @@ func TestKilledBackupsGoOn(t *testing.T) {
 	require.Greater(t, rounds, 8)
 	_, stderr, code := f.run(nil, "backup", "verify", "--all")
 	require.Zero(t, code, stderr)
+
+	// What the killed have left was never listed. When it is old it is swept, and nothing else is.
+	halves, loose := f.leftovers()
+	require.NotEmpty(t, halves)
+	require.NotEmpty(t, loose)
+	_, stderr, code = f.run(nil, "backup", "prune", "--keep-last", "1000")
+	require.Zero(t, code, stderr)
+	again, alone := f.leftovers()
+	require.Equal(t, [][]string{halves, loose}, [][]string{again, alone}, "what is young may be at work")
+	long := time.Now().Add(-8 * 24 * time.Hour)
+	for _, file := range append(halves, loose...) {
+		require.NoError(t, os.Chtimes(file, long, long))
+	}
+	_, stderr, code = f.run(nil, "backup", "prune", "--keep-last", "1000", "--yes")
+	require.Zero(t, code, stderr)
+	halves, loose = f.leftovers()
+	require.Empty(t, halves)
+	require.Empty(t, loose)
+	require.Equal(t, f.want(rounds), f.each())
 
 	// One that was begun long ago is not gone on with: it would leave who was done then without a backup of now.
 	_, stderr, code = f.run([]string{"ONEO_FAILPOINTS=backup.begun=exit@3"}, createAll...)
