@@ -22,12 +22,13 @@ func newTenantEraseCmd(e *env) *cobra.Command {
 		Use: "erase NAME", Short: "Destroy a tenant for good, and keep it from coming back",
 		Long: `Destroy a tenant for good, active, suspended or dropped: its schema and role, what runs, restores and
 moves have kept of it, its domains, sessions and cached values, and its archives in the store of backups (unless
---keep-archives leaves them to the policy by which they go anyway). There is no grace period. The tenant's name is
-to be typed (or --confirm NAME).
+--keep-archives leaves them where they are). There is no grace period. The tenant's name is to be typed (or
+--confirm NAME).
 
 What is left is a signed record of what was destroyed, when and by whom, and the audit trail. An archive of the
-tenant is refused from then on, unless the tenant is named: --erased ID. One that was interrupted is gone on with
-by the same command, or by a server. Clones are tenants of their own: they are told, and stay.`,
+tenant is refused from the beginning on, unless the tenant is named: --erased ID. One that was interrupted, or whose
+store is away, is gone on with by the same command, or by a server; where the store is gone for good, with
+--keep-archives. Clones are tenants of their own: they are told, and stay.`,
 		Example: "  oneo tenant erase acme\n  oneo tenant erase acme --confirm acme",
 		Args:    usageArgs(cobra.ExactArgs(1)), ValidArgsFunction: e.completeFirstTenant,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -37,7 +38,7 @@ by the same command, or by a server. Clones are tenants of their own: they are t
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.confirm, "confirm", "", "the tenant's `NAME`, instead of typing it")
-	f.BoolVar(&o.keepArchives, "keep-archives", false, "leave the archives to the policy by which they go")
+	f.BoolVar(&o.keepArchives, "keep-archives", false, "leave the archives where they are")
 	return cmd
 }
 

@@ -26,6 +26,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/store"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/pkg/transfer"
@@ -194,6 +195,10 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 	if err := b.put(ctx, *m); err != nil {
 		return err
 	}
+	// An erasure that begins behind this finds the backup; one that has begun may have looked before it was there.
+	if err := b.notErased(ctx, t); err != nil {
+		return err
+	}
 	return failpoint.Hit("backup.recorded")
 }
 
@@ -209,6 +214,17 @@ func (b *Backups) unmake(ctx context.Context, m Manifest) {
 	if err != nil {
 		b.o.Logger.WarnContext(ctx, "what a failed backup has left cannot be taken away", "tenant", m.Slug, "backup", m.ID, "error", err)
 	}
+}
+
+// notErased refuses a tenant that was erased, or is being erased, since its rows were read.
+func (b *Backups) notErased(ctx context.Context, t tenant.Tenant) error {
+	return b.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		erased, err := provision.Erased(ctx, tx, t.ID)
+		if err == nil && erased {
+			err = fault.New(fault.Gone, "the tenant was erased while its backup was made; nothing is left of this backup").WithCode("erased").WithTenant(t.Slug.String())
+		}
+		return err
+	})
 }
 
 // unwritten is a store that did not take what was written.

@@ -60,7 +60,8 @@ func newFixture(t *testing.T, change ...func(*backup.Options)) *fixture {
 	require.NoError(t, err)
 	checker, err := structure.New(structure.Options{DB: f.DB, Head: m.Head(migrate.TenantSet), Make: m.Create})
 	require.NoError(t, err)
-	f.provision, err = provision.New(provision.Options{DB: f.DB, Migrate: m, Structure: checker, BaseDomain: f.Base, DropGrace: time.Hour, GateWait: pgtest.Patience, Logger: log})
+	f.provision, err = provision.New(provision.Options{DB: f.DB, Migrate: m, Structure: checker, BaseDomain: f.Base, DropGrace: time.Hour, GateWait: pgtest.Patience,
+		Secret: pgtest.Secret, Archives: archives{f}, Logger: log})
 	require.NoError(t, err)
 	f.transfers, err = transfer.New(transfer.Options{DB: f.DB, Migrate: m, Structure: checker, Provision: f.provision, BaseDomain: f.Base, Version: "test", Logger: log})
 	require.NoError(t, err)
@@ -72,6 +73,13 @@ func newFixture(t *testing.T, change ...func(*backup.Options)) *fixture {
 	}
 	f.Backups = f.with()
 	return f
+}
+
+// archives are those of the fixture's backups, whichever these are.
+type archives struct{ f *fixture }
+
+func (a archives) EraseArchives(ctx context.Context, id string) (int, error) {
+	return a.f.Backups.EraseArchives(ctx, id)
 }
 
 // with is the same with other options.

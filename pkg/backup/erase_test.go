@@ -1,13 +1,19 @@
 package backup_test
 
 import (
+	"context"
+	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/store"
 )
 
 // Of an erased tenant no object is left, whatever it is, and every one of another tenant's is.
@@ -24,6 +30,10 @@ func TestEraseArchives(t *testing.T) {
 	loose := f.back(one)
 	require.NoError(t, os.Remove(f.path(manifestOf(loose))))
 	other := f.back(two)
+	// What processes that died have been writing.
+	partial := func(m backup.Manifest) string { return f.path(filepath.Dir(m.Name) + "/.oneo-partial-ABCD") }
+	require.NoError(t, os.WriteFile(partial(loose), []byte("rows"), 0o600))
+	require.NoError(t, os.WriteFile(partial(other), []byte("rows"), 0o600))
 	for _, id := range []string{"", "..", one.ID[:8], one.ID + "/", filepath.Dir(other.Name) + "x"} {
 		_, err := f.EraseArchives(t.Context(), id)
 		require.Error(t, err, id)
@@ -33,10 +43,55 @@ func TestEraseArchives(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, 4, n)
 	require.ElementsMatch(t, []string{other.Name, manifestOf(other)}, f.files())
+	require.NoFileExists(t, partial(loose))
+	require.FileExists(t, partial(other))
 	n, err = f.EraseArchives(t.Context(), one.ID)
 	require.NoError(t, err)
 	require.Zero(t, n)
 	_, err = f.Newest(t.Context(), one.ID)
 	require.True(t, fault.Is(err, fault.NotFound), "%v", err)
 	require.NoError(t, f.Checksum(t.Context(), other))
+}
+
+// An erasure that comes while a backup is made, and looks into the store before it is there, leaves nothing of it.
+func TestEraseBesideABackup(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	plain := f.o.Store
+	for slug, suffix := range map[string]string{"acme": ".oneo", "beta": ".json"} {
+		one := f.tenant(slug, 3)
+		f.back(one)
+		s := &interrupted{Store: plain, suffix: suffix}
+		s.do = func() {
+			e, err := f.provision.Erase(t.Context(), one.Slug, provision.EraseRequest{Actor: "test"})
+			require.NoError(t, err)
+			require.Equal(t, 1, e.Destroyed.Tables)
+			require.Positive(t, e.Destroyed.Archives)
+		}
+		f.Backups = f.with(func(o *backup.Options) { o.Store = s })
+		_, err := f.Create(t.Context(), one, backup.CreateOptions{})
+		require.True(t, s.did)
+		require.True(t, fault.Is(err, fault.Gone), "%s: %v", suffix, err)
+		require.Empty(t, f.files(), suffix)
+	}
+	f.Invariants(t)
+}
+
+// interrupted does something just before an object of this suffix is there.
+type interrupted struct {
+	store.Store
+	suffix string
+	do     func()
+	did    bool
+}
+
+func (s *interrupted) Put(ctx context.Context, name string, write func(io.Writer) error) error {
+	return s.Store.Put(ctx, name, func(w io.Writer) error {
+		err := write(w)
+		if err == nil && !s.did && strings.HasSuffix(name, s.suffix) {
+			s.did = true
+			s.do()
+		}
+		return err
+	})
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
@@ -27,7 +28,7 @@ type Archives interface {
 
 // EraseRequest says how a tenant is erased.
 type EraseRequest struct {
-	// KeepArchives leaves the archives to the policy by which they go anyway.
+	// KeepArchives leaves the archives where they are.
 	KeepArchives bool
 	Actor        string
 }
@@ -38,7 +39,8 @@ const (
 	ArchivesUnknown = "no_store" // no store is configured
 )
 
-// Destroyed is what an erasure has destroyed.
+// Destroyed is what an erasure has destroyed. What a process that died had destroyed in no database, or in another group's, may
+// be missing in the numbers.
 type Destroyed struct {
 	Schema string `json:"schema"`
 	// SchemaMissing: it was gone, or another one made behind oneo's back stood there, which was left alone.
@@ -69,18 +71,32 @@ type Erasure struct {
 
 // erasing is what the operation's row holds of an erasure.
 type erasing struct {
-	KeepArchives bool      `json:"keep_archives,omitempty"`
-	Destroyed    Destroyed `json:"destroyed"`
+	KeepArchives bool `json:"keep_archives,omitempty"`
+	// Store: whoever began it knew of a store of archives. A process that knows of none does not end it.
+	Store     bool      `json:"store,omitempty"`
+	Destroyed Destroyed `json:"destroyed"`
 }
 
 // Erase destroys a tenant for good, wherever it is: schema, role, what runs, restores and moves have kept, cached values, archives,
 // domains, and what the registry knows of it but its name, in the record of it. The tenant is not served from the first
 // of it on. What was begun is only gone on with: after a failure or a death of the process the same command does, or a
-// server. Faults: NotFound, Conflict for a tenant that is being created, and what the archives' store fails by.
+// server; KeepArchives holds for one that was begun as well. Faults: NotFound, Conflict for a tenant that is being created, and
+// what the archives' store fails by.
 func (p *Provisioner) Erase(ctx context.Context, slug tenant.Slug, r EraseRequest) (e Erasure, err error) {
 	if p.o.Secret == "" {
 		return e, fault.New(fault.Invalid, "an erasure is signed with server.secret, which is not set").WithCode("setting").
 			WithHint("set ONEO_SERVER_SECRET as the servers have it")
+	}
+	if r.KeepArchives { // a store that is gone for good must not keep an erasure open for good
+		err := p.inMain(ctx, func(tx *postgres.OwnerTx) error {
+			const leave = `update public.operations set request = pg_catalog.jsonb_set(request, '{erase,keep_archives}', 'true')
+where kind = $1 and state = 'running' and tenant = (select number from public.tenants where slug = $2 and state <> 'purged')`
+			_, err := tx.Exec(ctx, leave, KindErase, slug.String())
+			return err
+		})
+		if err != nil {
+			return e, err
+		}
 	}
 	t, finished, err := p.findAndFinish(ctx, slug)
 	if fault.Is(err, fault.NotFound) && finished == KindErase {
@@ -92,7 +108,7 @@ func (p *Provisioner) Erase(ctx context.Context, slug tenant.Slug, r EraseReques
 	if t.State == tenant.Creating {
 		return e, wrongState(t, "erased", "")
 	}
-	x := erasing{KeepArchives: r.KeepArchives}
+	x := erasing{KeepArchives: r.KeepArchives, Store: p.o.Archives != nil}
 	if x.Destroyed, err = p.inventory(ctx, t); err != nil {
 		return e, err
 	}
@@ -146,8 +162,11 @@ func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, a
 		return change{}, err
 	}
 	details := map[string]any{"destroyed": &x.Destroyed}
+	asked := request{Slug: t.Slug.String(), Erase: &x}
+	var operation uuid.UUID
 	return change{
-		kind: KindErase, point: "erase", tenant: t, actor: actor, request: request{Slug: t.Slug.String(), Erase: &x}, details: details, apart: true,
+		kind: KindErase, point: "erase", tenant: t, actor: actor, request: asked, details: details, apart: true,
+		known: func(id uuid.UUID) { operation = id },
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
 			if err := tx.LockGate(ctx, t.Number); err != nil {
 				return err
@@ -163,7 +182,14 @@ func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, a
 			return !there, err
 		},
 		outside: func(ctx context.Context) error {
-			if err := p.eraseOutside(ctx, t, &x); err != nil {
+			err := p.eraseOutside(ctx, t, &x)
+			// What one attempt has destroyed the next one does not find.
+			nerr := p.inMain(context.WithoutCancel(ctx), func(tx *postgres.OwnerTx) error {
+				const note = `update public.operations set request = pg_catalog.jsonb_set(request, '{erase,destroyed}', $2) where id = $1 and state = 'running'`
+				_, err := tx.Exec(ctx, note, operation, x.Destroyed)
+				return err
+			})
+			if err := errors.Join(err, nerr); err != nil {
 				return err
 			}
 			return failpoint.Hit("erase.outside")
@@ -173,10 +199,10 @@ func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, a
 				return err
 			}
 			// What was asked about the tenant names people: a first user.
-			const forget = `with o as (update public.operations set request = '{}' where tenant = $1 and state in ('done', 'failed')),
+			const forget = `with o as (update public.operations set request = '{}' where (tenant = $1 or tenant is null and slug = $2) and state in ('done', 'failed')),
 	p as (delete from public.proofs where tenant = $1)
 update public.tenants set name = '' where number = $1`
-			if _, err := q.Exec(ctx, forget, t.Number); err != nil {
+			if _, err := q.Exec(ctx, forget, t.Number, t.Slug.String()); err != nil {
 				return err
 			}
 			return p.record(ctx, q, Erasure{Tenant: t.ID, Number: t.Number, Slug: t.Slug.String(), Actor: actor, Destroyed: x.Destroyed})
@@ -187,10 +213,10 @@ update public.tenants set name = '' where number = $1`
 // eraseOutside destroys what lies in other groups' databases and in none, once nobody can add to it.
 func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *erasing) error {
 	copies, err := p.DropMoved(ctx, t.Number)
+	x.Destroyed.Kept += copies
 	if err != nil {
 		return err
 	}
-	x.Destroyed.Kept += copies
 	for _, group := range p.o.DB.Groups() { // a move that was undone may not have been able to take away what had arrived
 		if group == t.Group {
 			continue
@@ -200,23 +226,29 @@ func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *eras
 		}
 	}
 	if p.o.Uncache != nil {
-		if x.Destroyed.CacheKeys, err = p.o.Uncache(ctx, t); err != nil {
+		n, err := p.o.Uncache(ctx, t)
+		if err != nil {
 			p.o.Logger.WarnContext(ctx, "Redis keeps what it has of an erased tenant until its time ends", "tenant", t.Slug, "error", err)
-			x.Destroyed.CacheLeft = true
 		}
+		x.Destroyed.CacheKeys, x.Destroyed.CacheLeft = x.Destroyed.CacheKeys+n, err != nil
 	}
 	switch {
 	case x.KeepArchives:
 		x.Destroyed.ArchivesLeft = ArchivesKept
 		return nil
+	case p.o.Archives == nil && x.Store:
+		return fault.New(fault.Invalid, "the tenant's tables are destroyed, its archives are not: no store of backups is configured here, and one was where it was begun").
+			WithCode("no_backup_store").WithHint("run the same command where backup.url is set, or with --keep-archives")
 	case p.o.Archives == nil:
 		x.Destroyed.ArchivesLeft = ArchivesUnknown
 		return nil
 	}
-	if x.Destroyed.Archives, err = p.o.Archives.EraseArchives(ctx, t.ID); err != nil {
+	n, err := p.o.Archives.EraseArchives(ctx, t.ID)
+	x.Destroyed.Archives += n
+	if err != nil {
 		f := fault.Of(err)
 		return fault.Wrap(err, f.Kind, "the tenant's tables are destroyed, its archives are not: %s", f.Message).WithCode(f.StableCode()).
-			WithHint("run the same command again; a server tries it too")
+			WithHint("run the same command again; a server tries it too. Where the store is gone for good: --keep-archives")
 	}
 	return nil
 }
@@ -242,6 +274,14 @@ func (p *Provisioner) sign(e Erasure, destroyed string) []byte {
 		fmt.Fprintf(m, "%d:%s", len(part), part)
 	}
 	return m.Sum(nil)
+}
+
+// Erased reports whether the tenant with this id for the outside was erased, or is being erased: nothing may bring it back, or add
+// to what is kept of it. Of what another transaction commits before the erasure begins the erasure knows.
+func Erased(ctx context.Context, q postgres.Querier, id string) (is bool, err error) {
+	const ask = `select exists (select from public.erasures where tenant::text = $1) or exists (select from public.operations o join public.tenants t on t.number = o.tenant
+	where t.id::text = $1 and o.kind = $2 and o.state = 'running')`
+	return is, q.QueryRow(ctx, ask, strings.ToLower(id), KindErase).Scan(&is)
 }
 
 // Erasure is the record of the erased tenant with this id for the outside; false: there is none.

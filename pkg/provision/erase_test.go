@@ -57,17 +57,21 @@ func (f fixture) requireErased(t *testing.T, tn tenant.Tenant, group string) {
 	require.WithinDuration(t, time.Now(), e.At, time.Hour)
 }
 
-// shelf is a store of archives that may be away.
+// shelf is a store of archives that may be away, or go away when one archive was destroyed.
 type shelf struct {
-	archives map[string]int
-	away     bool
-	asked    int
+	archives    map[string]int
+	away, dying bool
+	asked       int
 }
 
 func (s *shelf) EraseArchives(_ context.Context, id string) (n int, err error) {
 	s.asked++
+	if s.dying {
+		s.archives[id]--
+		s.away, n = true, 1
+	}
 	if s.away {
-		return 0, fault.New(fault.Unavailable, "the store is away").WithCode("store_away")
+		return n, fault.New(fault.Unavailable, "the store is away").WithCode("store_away")
 	}
 	n = s.archives[id]
 	delete(s.archives, id)
@@ -145,15 +149,22 @@ func hashed(t *testing.T) string {
 	return "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 }
 
-// While the store of archives is away an erasure stays open, and says how far it is; it is gone on with by the same command, or by a server.
+// While the store of archives is away an erasure stays open, and says how far it is; it is gone on with by the same command, or by a
+// server. What an attempt has destroyed is in the record, whoever writes that.
 func TestEraseGoesOn(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, "")
 	ctx := t.Context()
-	s := &shelf{archives: map[string]int{}, away: true}
+	s := &shelf{archives: map[string]int{}, dying: true}
+	cached := 2
 	_, p, _, err := openOn(f.db, func(o *provision.Options) {
 		o.Archives = s
-		o.Uncache = func(context.Context, tenant.Tenant) (int, error) { return 0, errors.New("Redis is away") }
+		o.Uncache = func(context.Context, tenant.Tenant) (n int, err error) {
+			if n, cached = cached, 0; n == 0 {
+				err = errors.New("Redis is away")
+			}
+			return n, err
+		}
 	})
 	require.NoError(t, err)
 	acme, beta := f.create(t, "acme", "main"), f.create(t, "beta", "main")
@@ -164,17 +175,26 @@ func TestEraseGoesOn(t *testing.T) {
 	_, found, err := p.Erasure(ctx, acme.ID)
 	require.NoError(t, err)
 	require.False(t, found, "what is not done is not recorded")
-	s.away = false
+	erased := func() (is bool) {
+		require.NoError(t, f.db.AsOwner(ctx, "main", func(tx *postgres.OwnerTx) (err error) {
+			is, err = provision.Erased(ctx, tx, acme.ID)
+			return err
+		}))
+		return is
+	}
+	require.True(t, erased(), "though it is not done")
+	s.away, s.dying = false, false
 	require.Eventually(t, func() bool { // its operation goes stale, and each attempt makes it wait longer
 		e, err := p.Erase(ctx, acme.Slug, provision.EraseRequest{Actor: "somebody else"})
 		if err != nil {
 			return false
 		}
-		require.Equal(t, provision.Destroyed{Schema: "acme", Tables: 6, Domains: 1, CacheLeft: true, Archives: 3}, e.Destroyed)
+		require.Equal(t, provision.Destroyed{Schema: "acme", Tables: 6, Domains: 1, CacheKeys: 2, CacheLeft: true, Archives: 3}, e.Destroyed)
 		require.Equal(t, "test", e.Actor, "who had asked for it")
 		return true
 	}, pgtest.Patience, 50*time.Millisecond)
 	f.requireErased(t, acme, "main")
+	require.True(t, erased())
 
 	s.away = true
 	_, err = p.Erase(ctx, beta.Slug, provision.EraseRequest{Actor: "test"})
@@ -290,4 +310,51 @@ func TestErasureIsSigned(t *testing.T) {
 	e, _, err = f.p.Erasure(ctx, acme.ID)
 	require.NoError(t, err)
 	require.True(t, e.Genuine)
+}
+
+// A process that knows of no store does not end what one began that does, and says so; who lets the archives be ends it.
+func TestEraseWithoutItsStore(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "")
+	ctx := t.Context()
+	_, with, _, err := openOn(f.db, func(o *provision.Options) { o.Archives = &shelf{away: true} })
+	require.NoError(t, err)
+	acme := f.create(t, "acme", "main")
+	_, err = with.Erase(ctx, acme.Slug, provision.EraseRequest{Actor: "test"})
+	require.True(t, fault.Is(err, fault.Unavailable), "%v", err)
+	f.aged(t)
+	_, err = f.p.Erase(ctx, acme.Slug, provision.EraseRequest{Actor: "test"})
+	requireFault(t, err, fault.Invalid, "no_backup_store")
+	f.aged(t)
+	e, err := f.p.Erase(ctx, acme.Slug, provision.EraseRequest{KeepArchives: true, Actor: "somebody else"})
+	require.NoError(t, err)
+	require.Equal(t, provision.ArchivesKept, e.Destroyed.ArchivesLeft)
+	f.requireErased(t, acme, "main")
+	f.invariants(t)
+}
+
+// aged lets the operation that is open look as if its process had died long ago.
+func (f fixture) aged(t *testing.T) {
+	t.Helper()
+	tag, err := pgtest.Admin(t, f.env.AdminURL).Exec(t.Context(), `update public.operations set heartbeat = now() - interval '1 day' where state = 'running'`)
+	require.NoError(t, err)
+	require.EqualValues(t, 1, tag.RowsAffected())
+}
+
+// What was asked about a tenant is forgotten with it, also what failed before it was known which tenant it was about.
+func TestErasedRequestsAreForgotten(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "")
+	ctx := t.Context()
+	acme := f.create(t, "acme", "main")
+	admin := pgtest.Admin(t, f.env.AdminURL)
+	_, err := admin.Exec(ctx, `insert into public.operations (id, kind, slug, tenant, state, request) values
+	(gen_random_uuid(), 'tenant.rename', 'acme', $1, 'failed', '{"name": "Ada"}'), (gen_random_uuid(), 'tenant.create', 'acme', null, 'failed', '{"admin_email": "ada@acme.example"}'),
+	(gen_random_uuid(), 'tenant.create', 'beta', null, 'failed', '{"admin_email": "bob@beta.example"}')`, acme.Number)
+	require.NoError(t, err)
+	_, err = f.p.Erase(ctx, acme.Slug, provision.EraseRequest{Actor: "test"})
+	require.NoError(t, err)
+	var left string
+	require.NoError(t, admin.QueryRow(ctx, `select string_agg(request::text, ', ') from public.operations where request <> '{}' and kind <> 'tenant.erase'`).Scan(&left))
+	require.JSONEq(t, `{"admin_email": "bob@beta.example"}`, left)
 }

@@ -232,6 +232,43 @@ func TestErasedStaysErased(t *testing.T) {
 	f.Invariants(t)
 }
 
+// Nor from one while the erasure is under way, waiting for whoever is at the tenant or for its store: there is no record yet.
+func TestNobodyComesBackWhileErased(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one, other := f.tenant(p, "acme"), f.tenant(p, "beta")
+	f.in(one, rows)
+	b, _ := f.export(p, one)
+	_, err := f.admin.Exec(t.Context(), `select pg_advisory_lock($1::int4, $2::int4)`, postgres.OperationLock, one.Number)
+	require.NoError(t, err)
+	erased := make(chan error, 1)
+	go func() {
+		_, err := p.provision.Erase(context.Background(), one.Slug, provision.EraseRequest{Actor: "test"})
+		erased <- err
+	}()
+	require.Eventually(t, func() bool { return f.count(`select count(*) from public.operations where state = 'running'`) == 1 }, pgtest.Patience, time.Millisecond)
+	_, err = f.load(p, b, "copy")
+	require.True(t, fault.Is(err, fault.Conflict), "%v", err)
+	require.ErrorContains(t, err, "which is being erased")
+	_, _, err = p.Restore(t.Context(), other, bytes.NewReader(b), time.Hour, true, transfer.Loading{Actor: "test"})
+	require.ErrorContains(t, err, "which is being erased")
+	_, err = p.Diff(t.Context(), other, bytes.NewReader(b), true, transfer.Parts{}, transfer.Loading{Actor: "test"})
+	require.ErrorContains(t, err, "which is being erased")
+	f.nothing("copy")
+	_, err = f.admin.Exec(t.Context(), `select pg_advisory_unlock_all()`)
+	require.NoError(t, err)
+	if err := <-erased; err != nil { // it had waited long enough, and is gone on with
+		require.True(t, fault.Is(err, fault.Locked), "%v", err)
+		f.died()
+		_, err = p.provision.Erase(t.Context(), one.Slug, provision.EraseRequest{Actor: "test"})
+		require.NoError(t, err)
+	}
+	_, err = f.load(p, b, "copy")
+	require.ErrorContains(t, err, "which was erased at")
+	f.Invariants(t)
+}
+
 // readerAt is an archive that something happens to when half of it has been read.
 type readerAt struct {
 	b    []byte

@@ -106,27 +106,32 @@ func (x *Transfers) Restore(ctx context.Context, t tenant.Tenant, r io.Reader, k
 	return done, trailer, err
 }
 
-// notErased refuses an archive of a tenant that was erased, unless it is named. tx is a transaction in the registry's
-// database; nil: there is none.
+// notErased refuses an archive of a tenant that was erased, or is being erased, unless it is named. tx is a transaction in the
+// registry's database; nil: there is none.
 func (x *Transfers) notErased(ctx context.Context, tx *postgres.OwnerTx, h archive.Header, name string) error {
 	if name != "" && !strings.EqualFold(name, h.Tenant) {
 		return fault.New(fault.Invalid, "the archive is not that of %s, but that of %s, %s", name, h.Slug, h.Tenant).WithCode("other_tenant")
 	}
-	e, found, err := provision.Erasure{}, false, error(nil)
-	if tx != nil {
-		e, found, err = x.o.Provision.ErasureBy(ctx, tx, h.Tenant)
-	} else {
-		e, found, err = x.o.Provision.Erasure(ctx, h.Tenant)
+	if tx == nil {
+		return x.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error { return x.notErased(ctx, tx, h, name) })
 	}
-	if err != nil || !found || name != "" {
+	erased, err := provision.Erased(ctx, tx, h.Tenant)
+	if err != nil || !erased || name != "" {
 		return err
 	}
-	said := ""
-	if !e.Genuine {
-		said = "; the record of it was not made with this server.secret, or was changed since"
+	e, found, err := x.o.Provision.ErasureBy(ctx, tx, h.Tenant)
+	if err != nil {
+		return err
 	}
-	return fault.New(fault.Conflict, "the archive is that of the tenant %s, which was erased at %s by %s%s", e.Slug, e.At.UTC().Format(time.RFC3339), e.Actor, said).
-		WithCode("erased").WithHint("who is erased stays so; if this one is to come back all the same: --erased %s", e.Tenant)
+	said := "the tenant " + h.Slug + ", which is being erased"
+	if found {
+		said = fmt.Sprintf("the tenant %s, which was erased at %s by %s", e.Slug, e.At.UTC().Format(time.RFC3339), e.Actor)
+		if !e.Genuine {
+			said += "; the record of it was not made with this server.secret, or was changed since"
+		}
+	}
+	return fault.New(fault.Conflict, "the archive is that of %s", said).
+		WithCode("erased").WithHint("who is erased stays so; if this one is to come back all the same: --erased %s", h.Tenant)
 }
 
 // filling is an archive as provision takes it, once it was found to fit.
