@@ -61,6 +61,7 @@ func child(env *pgtest.Env, extra []string, args ...string) *exec.Cmd {
 // patience is the bounds of waiting that a busy machine would meet although nothing is wrong.
 var patience = []string{
 	"ONEO_DATABASE_ACQUIRE_TIMEOUT=30s", "ONEO_DATABASE_CONNECT_TIMEOUT=30s", "ONEO_DATABASE_STATEMENT_TIMEOUT=1m", "ONEO_REDIS_TIMEOUT=10s",
+	"ONEO_DATABASE_IDLE_IN_TRANSACTION_TIMEOUT=2m",
 	"ONEO_SERVER_SHUTDOWN_GRACE=2m", "ONEO_SERVER_READ_HEADER_TIMEOUT=20s",
 }
 

@@ -39,13 +39,13 @@ func pipelines() []crm.NewPipeline {
 	}
 	return []crm.NewPipeline{
 		{Key: products, Name: "Products", Description: "What is sold", Fields: []crm.NewField{
-			{Key: "name", Name: "Name", Type: crm.Text, Required: true},
+			{Key: "name", Name: "Name", Type: crm.Text, Required: true, Options: crm.Options{Personal: crm.NotPersonal}},
 			{Key: "series", Name: "Series", Type: crm.Text},
 			{Key: "price", Name: "List price", Type: crm.Number},
 		}},
 		{Key: agents, Name: "Agents", Description: "Who sells", Fields: []crm.NewField{
 			{Key: "name", Name: "Name", Type: crm.Text, Required: true},
-			{Key: "manager", Name: "Manager", Type: crm.Text},
+			{Key: "manager", Name: "Manager", Type: crm.Text, Options: crm.Options{Personal: crm.PersonalName}},
 			{Key: "regional_office", Name: "Regional office", Type: crm.Select, Options: crm.Options{Choices: regions}},
 		}},
 		{Key: accounts, Name: "Accounts", Description: "Who buys", Fields: []crm.NewField{

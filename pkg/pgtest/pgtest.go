@@ -156,7 +156,7 @@ func options(g postgres.Group) postgres.Options {
 // Patient sets the bounds of waiting that a busy machine would meet although nothing is wrong. Tests of these bounds set
 // their own.
 func Patient(o *postgres.Options) {
-	o.AcquireTimeout, o.ConnectTimeout, o.StatementTimeout = 30*time.Second, 30*time.Second, time.Minute
+	o.AcquireTimeout, o.ConnectTimeout, o.StatementTimeout, o.IdleInTransactionTimeout = 30*time.Second, 30*time.Second, time.Minute, Patience
 }
 
 // Env is one test's installation: a database of its own with the shared schema at its head and no tenants.
