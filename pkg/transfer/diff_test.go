@@ -277,6 +277,7 @@ func TestKillWhileLoading(t *testing.T) {
 					k := task{What: what, Number: one.Number, File: file, Base: f.Base.String(), Groups: groups}
 					code, out := k.process(t, name+"=exit"+nth)
 					require.Equal(t, 137, code, "%s of a %s: %s", place, what, out)
+					f.died()
 					var now []byte
 					require.Eventually(t, func() bool { // the dead process's lock goes with its connection
 						var b bytes.Buffer
@@ -287,13 +288,11 @@ func TestKillWhileLoading(t *testing.T) {
 					require.Equal(t, f.sums(asItWas), f.sums(now), "%s of a %s", place, what)
 				}
 			}
-			k := task{What: "merge", Number: one.Number, File: file, Base: f.Base.String(), Groups: groups}
-			code, out := k.process(t, "")
-			require.Zero(t, code, out)
+			k := task{What: "merge", Number: one.Number, File: file}
+			f.again(t, p, k)
 			require.Equal(t, "4", f.ask(one, `select count(*) from books`))
 			k.What = "restore"
-			code, out = k.process(t, "")
-			require.Zero(t, code, out)
+			f.again(t, p, k)
 			now, _ := f.export(p, one)
 			require.Equal(t, f.sums(b), f.sums(now))
 			require.Zero(t, f.count(`select count(*) from public.operations where state = 'running'`))

@@ -368,31 +368,33 @@ func TestMoveWaitsForWriters(t *testing.T) {
 // A process that another one has taken up the move of, while it stood still, switches nothing any more.
 func TestAMoveTakenForDead(t *testing.T) {
 	t.Parallel()
-	for _, place := range []string{"move.frozen", "move.copied", "move.verified"} {
-		t.Run(place, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, false)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			before := f.whole(f.admin, "acme")
-			on := f.paused(t, place)
-			_, err := f.admin.Exec(t.Context(), `update public.operations set attempts = attempts + 1 where state = 'running'`) // as whoever takes it up does
-			require.NoError(t, err)
-			code, out := on()
-			require.Equal(t, 1, code, out)
-			require.Contains(t, out, "another process has taken the move")
-			require.Equal(t, postgres.MainGroup, f.now(one).Group)
-			require.Error(t, f.write(one, "the other one is at work"))
-			require.Eventually(t, func() bool { code, out = f.task().process(t, ""); return code == 0 }, time.Minute, 100*time.Millisecond, "%s", out)
-			require.Equal(t, before, f.whole(f.second, "acme"))
-			require.Equal(t, []string{"second"}, f.writable(one.Number))
-			f.Invariants(t)
-		})
+	f := newMoving(t, false)
+	for n, place := range []string{"move.frozen", "move.copied", "move.verified"} {
+		one := f.tenant(f.p, fmt.Sprintf("acme%d", n))
+		f.in(one, rows)
+		before := f.whole(f.admin, one.Schema.String())
+		on := f.paused(t, one, place)
+		_, err := f.admin.Exec(t.Context(), `update public.operations set attempts = attempts + 1 where state = 'running'`) // as whoever takes it up does
+		require.NoError(t, err)
+		code, out := on()
+		require.Equal(t, 1, code, "%s: %s", place, out)
+		require.Contains(t, out, "another process has taken the move", place)
+		require.Equal(t, postgres.MainGroup, f.now(one).Group, place)
+		require.Error(t, f.write(one, "the other one is at work"), place)
+		f.again(t, f.p, f.task(one))
+		require.Equal(t, before, f.whole(f.second, one.Schema.String()), place)
+		require.Equal(t, []string{"second"}, f.writable(one.Number), place)
+		f.Invariants(t)
 	}
 }
 
-func (f *moving) task() task {
-	return task{What: "move", As: "acme", Into: "second", Base: f.Base.String(), Groups: f.groups}
+// task moves a tenant to where it is not.
+func (f *moving) task(t tenant.Tenant) task {
+	into := "second"
+	if t.Group == into {
+		into = postgres.MainGroup
+	}
+	return task{What: "move", As: t.Slug.String(), Into: into, Base: f.Base.String(), Groups: f.groups}
 }
 
 // kill -9 at each place of a move: at no moment can the tenant be written at two places, and the same command, or a server, brings it
@@ -402,44 +404,37 @@ func TestKillAMoveEverywhere(t *testing.T) {
 	places := []string{}
 	for _, place := range failpoint.All {
 		switch prefix, _, _ := strings.Cut(place, "."); prefix {
-		case "move":
+		case "move", "export", "load":
 			places = append(places, place+"=exit")
-		case "export", "load":
-			places = append(places, place+"=exit", place+"=exit@5")
+		}
+		if place == "export.table" || place == "load.table" {
+			places = append(places, place+"=exit@5")
 		}
 	}
 	places = append(places, "export.begun=exit@2") // in the second reading
+	f := newMoving(t, false)
 	for n, place := range places {
-		t.Run(place, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, false)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			before := f.whole(f.admin, "acme")
-			code, out := f.task().process(t, place)
-			if code == 0 && strings.Contains(place, "@5") { // it is not passed so often
-				return
-			}
-			require.Equal(t, 137, code, out)
-			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
-			if n%2 == 0 || place == "move.before=exit" {
-				require.Eventually(t, func() bool { // the dead process's operation goes stale within a second
-					code, out = f.task().process(t, "")
-					return code == 0
-				}, time.Minute, 100*time.Millisecond, "%s", out)
-			} else {
-				f.worked(t)
-			}
-			now := f.now(one)
-			require.Equal(t, "second", now.Group)
-			require.Equal(t, []string{"second"}, f.writable(one.Number))
-			require.Equal(t, before, f.whole(f.second, "acme"))
-			require.NoError(t, f.write(now, "afterwards"))
-			require.Error(t, f.write(one, "stale"))
-			require.Zero(t, f.count(`select count(*) from public.operations where state = 'running'`))
-			require.Equal(t, 1, f.count(`select count(*) from public.moved`))
-			f.Invariants(t)
-		})
+		one := f.tenant(f.p, fmt.Sprintf("acme%d", n))
+		schema := one.Schema.String()
+		f.in(one, rows)
+		before := f.whole(f.admin, schema)
+		code, out := f.task(one).process(t, place)
+		require.Equal(t, 137, code, "%s: %s", place, out)
+		require.LessOrEqual(t, len(f.writable(one.Number)), 1, place)
+		if n%2 == 0 || place == "move.before=exit" {
+			f.again(t, f.p, f.task(one))
+		} else {
+			f.worked(t)
+		}
+		now := f.now(one)
+		require.Equal(t, "second", now.Group, place)
+		require.Equal(t, []string{"second"}, f.writable(one.Number), place)
+		require.Equal(t, before, f.whole(f.second, schema), place)
+		require.NoError(t, f.write(now, "afterwards"), place)
+		require.Error(t, f.write(one, "stale"), place)
+		require.Zero(t, f.count(`select count(*) from public.operations where state = 'running'`), place)
+		require.Equal(t, 1, f.count(`select count(*) from public.moved where tenant = $1`, one.Number), place)
+		f.Invariants(t)
 	}
 }
 
@@ -451,6 +446,7 @@ func (f *moving) worked(t *testing.T) {
 	over := make(chan error, 1)
 	go func() { over <- f.p.provision.Work(ctx) }()
 	require.Eventually(t, func() bool {
+		f.died()
 		return f.count(`select count(*) from public.operations where state = 'running'`) == 0
 	}, pgtest.Patience, 50*time.Millisecond)
 	cancel()
@@ -458,7 +454,7 @@ func (f *moving) worked(t *testing.T) {
 }
 
 // paused begins a move in a process of its own, and returns once it waits at the place; on lets it go on and returns how it ended.
-func (f *moving) paused(t *testing.T, place string) (on func() (code int, out string)) {
+func (f *moving) paused(t *testing.T, one tenant.Tenant, place string) (on func() (code int, out string)) {
 	t.Helper()
 	gate := filepath.Join(t.TempDir(), "go on")
 	type end struct {
@@ -466,14 +462,15 @@ func (f *moving) paused(t *testing.T, place string) (on func() (code int, out st
 		out  string
 	}
 	ended := make(chan end, 1)
-	k := f.task()
+	k := f.task(one)
+	k.Away = f.server != nil
 	go func() {
 		code, out := k.process(t, place+"=wait:"+gate)
 		ended <- end{code, out}
 	}()
 	open := func() { require.NoError(t, os.WriteFile(gate, nil, 0o600)) }
 	t.Cleanup(open) // also when the test fails
-	f.reached(t, place)
+	f.reached(t, one, place)
 	return func() (int, string) {
 		open()
 		e := <-ended
@@ -481,21 +478,26 @@ func (f *moving) paused(t *testing.T, place string) (on func() (code int, out st
 	}
 }
 
-// reached waits until a move has come to a place, as the databases show it.
-func (f *moving) reached(t *testing.T, place string) {
+// reached waits until a move of a tenant, as it was before, has come to a place, as the databases show it.
+func (f *moving) reached(t *testing.T, one tenant.Tenant, place string) {
 	t.Helper()
+	from, to := f.admin, f.second
+	if one.Group != postgres.MainGroup {
+		from, to = to, from
+	}
+	is := func(c *pgx.Conn, state string) (is bool) {
+		const ask = `select exists (select from public.placements where number = $1 and state = $2)`
+		require.NoError(t, c.QueryRow(context.Background(), ask, one.Number, state).Scan(&is))
+		return is
+	}
 	require.Eventually(t, func() bool {
-		frozen := f.count(`select count(*) from public.placements where state = 'moving'`) == 1
-		var arrived int
-		require.NoError(t, f.second.QueryRow(context.Background(), `select count(*) from public.placements where state = 'arriving'`).Scan(&arrived))
-		switched := f.count(`select count(*) from public.tenants where group_name = 'second'`) == 1
 		switch place {
 		case "move.frozen":
-			return frozen
+			return is(from, "moving")
 		case "move.copied", "move.verified":
-			return arrived == 1
+			return is(to, "arriving")
 		default:
-			return switched
+			return f.now(one).Group != one.Group
 		}
 	}, pgtest.Patience, 10*time.Millisecond)
 }
@@ -504,164 +506,182 @@ func (f *moving) reached(t *testing.T, place string) {
 // succeeds. Behind the switch it waits for the target, and nobody writes anywhere meanwhile.
 func TestTargetGoesAway(t *testing.T) {
 	t.Parallel()
-	for _, place := range []string{"move.frozen", "move.copied", "move.verified", "move.switched"} {
-		t.Run(place, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, true)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			before := f.whole(f.admin, "acme")
-			on := f.paused(t, place)
-			require.NoError(t, f.read(one), "it is read while it moves")
-			err := f.write(one, "no")
-			require.True(t, fault.Is(err, fault.Suspended), "%v", err)
-			require.NoError(t, f.server.Stop(t.Context()))
-			code, out := on()
-			require.NotZero(t, code, out)
-			switched := f.now(one).Group == "second" // the switch needs no target
-			switch place {
-			case "move.frozen", "move.copied":
-				require.False(t, switched)
-			case "move.switched":
-				require.True(t, switched)
+	f := newMoving(t, true)
+	type begun struct {
+		place    string
+		one      tenant.Tenant
+		before   map[string]string
+		on       func() (int, string)
+		switched bool
+	}
+	var all []*begun
+	for n, place := range []string{"move.frozen", "move.copied", "move.verified", "move.switched"} {
+		b := &begun{place: place, one: f.tenant(f.p, fmt.Sprintf("acme%d", n))}
+		f.in(b.one, rows)
+		b.before = f.whole(f.admin, b.one.Schema.String())
+		b.on = f.paused(t, b.one, place)
+		require.NoError(t, f.read(b.one), "it is read while it moves")
+		err := f.write(b.one, "no")
+		require.True(t, fault.Is(err, fault.Suspended), "%s: %v", place, err)
+		all = append(all, b)
+	}
+	require.NoError(t, f.server.Stop(t.Context()))
+	var ended sync.WaitGroup
+	for _, b := range all { // each waits for the server for a while
+		ended.Go(func() {
+			if code, out := b.on(); code == 0 {
+				t.Errorf("%s: %s", b.place, out)
 			}
-			if switched {
-				require.Error(t, f.write(one, "no"))
-			} else {
-				require.NoError(t, f.write(one, "goes on"))
-				require.Zero(t, f.count(`select count(*) from public.operations where state = 'running'`))
-				f.in(one, `delete from log where what = 'goes on'`)
-			}
-			require.NoError(t, f.server.Restart(t.Context()))
-			f.second = pgtest.Admin(t, f.server.URL("oneo"))
-			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
-			if !switched {
-				_, err := f.p.provision.ExpireMoved(t.Context())
-				require.NoError(t, err)
-				require.Zero(t, f.there(f.second, one.Number), "what had arrived is destroyed")
-			}
-			require.Eventually(t, func() bool { code, out = f.task().process(t, ""); return code == 0 }, pgtest.Patience, 100*time.Millisecond, "%s", out)
-			require.Equal(t, before, f.whole(f.second, "acme"))
-			require.NoError(t, f.write(f.now(one), "arrived"))
-			require.Equal(t, []string{"second"}, f.writable(one.Number))
-			f.Invariants(t)
 		})
 	}
+	ended.Wait()
+	for _, b := range all {
+		b.switched = f.now(b.one).Group == "second" // the switch needs no target
+		switch b.place {
+		case "move.frozen", "move.copied":
+			require.False(t, b.switched, b.place)
+		case "move.switched":
+			require.True(t, b.switched, b.place)
+		}
+		if b.switched {
+			require.Error(t, f.write(b.one, "no"), b.place)
+		} else {
+			require.NoError(t, f.write(b.one, "goes on"), b.place)
+			require.Zero(t, f.count(`select count(*) from public.operations where state = 'running' and tenant = $1`, b.one.Number), b.place)
+			f.in(b.one, `delete from log where what = 'goes on'`)
+		}
+	}
+	require.NoError(t, f.server.Restart(t.Context()))
+	f.second = pgtest.Admin(t, f.server.URL("oneo"))
+	_, err := f.p.provision.ExpireMoved(t.Context())
+	require.NoError(t, err)
+	for _, b := range all {
+		schema := b.one.Schema.String()
+		require.LessOrEqual(t, len(f.writable(b.one.Number)), 1, b.place)
+		if !b.switched {
+			var there int
+			const left = `select (select count(*) from public.placements where number = $1) + (select count(*) from pg_namespace where nspname = $2)`
+			require.NoError(t, f.second.QueryRow(t.Context(), left, b.one.Number, schema).Scan(&there))
+			require.Zero(t, there, "%s: what had arrived is destroyed", b.place)
+		}
+		f.again(t, f.p, f.task(b.one))
+		require.Equal(t, b.before, f.whole(f.second, schema), b.place)
+		require.NoError(t, f.write(f.now(b.one), "arrived"), b.place)
+		require.Equal(t, []string{"second"}, f.writable(b.one.Number), b.place)
+	}
+	f.Invariants(t)
 }
 
 // The source goes away. Before the copy is made the tenant waits for it, frozen; then the move goes on without it, and retires
 // it when it is back. Until then nobody is served by it.
 func TestSourceGoesAway(t *testing.T) {
 	t.Parallel()
-	for _, place := range []string{"move.frozen", "move.copied", "move.switched"} {
-		t.Run(place, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, true)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			_, err := f.move(one, "second")
-			require.NoError(t, err)
-			n, err := f.p.provision.DropMoved(t.Context(), one.Number)
-			require.NoError(t, err)
-			require.Equal(t, 1, n)
-			one = f.now(one)
-			before := f.whole(f.second, "acme")
-			// The way back.
-			gate := filepath.Join(t.TempDir(), "go on")
-			k := f.task()
-			k.Into = postgres.MainGroup
-			ended := make(chan int, 1)
-			go func() {
-				code, _ := k.process(t, place+"=wait:"+gate)
-				ended <- code
-			}()
-			open := func() { require.NoError(t, os.WriteFile(gate, nil, 0o600)) }
-			t.Cleanup(open)
-			require.Eventually(t, func() bool {
-				var frozen int
-				require.NoError(t, f.second.QueryRow(context.Background(), `select count(*) from public.placements where state = 'moving'`).Scan(&frozen))
-				switch place {
-				case "move.frozen":
-					return frozen == 1
-				case "move.copied":
-					return f.count(`select count(*) from public.placements where state = 'arriving'`) == 1
-				default:
-					return f.now(one).Group == postgres.MainGroup
-				}
-			}, pgtest.Patience, 10*time.Millisecond)
-			require.NoError(t, f.server.Stop(t.Context()))
-			open()
-			require.NotZero(t, <-ended)
-			now := f.now(one)
-			if place == "move.frozen" {
-				require.Equal(t, "second", now.Group)
-			} else {
-				require.Equal(t, postgres.MainGroup, now.Group)
-				require.NoError(t, f.write(now, "served"))
+	f := newMoving(t, true)
+	type begun struct {
+		place  string
+		one    tenant.Tenant
+		before map[string]string
+		on     func() (int, string)
+	}
+	var all []*begun
+	for n, place := range []string{"move.frozen", "move.copied", "move.switched"} {
+		b := &begun{place: place, one: f.tenant(f.p, fmt.Sprintf("acme%d", n))}
+		f.in(b.one, rows)
+		_, err := f.move(b.one, "second")
+		require.NoError(t, err)
+		dropped, err := f.p.provision.DropMoved(t.Context(), b.one.Number)
+		require.NoError(t, err)
+		require.Equal(t, 1, dropped)
+		b.one = f.now(b.one)
+		b.before = f.whole(f.second, b.one.Schema.String())
+		b.on = f.paused(t, b.one, place) // on the way back
+		all = append(all, b)
+	}
+	require.NoError(t, f.server.Stop(t.Context()))
+	var ended sync.WaitGroup
+	for _, b := range all { // each waits for the server for a while
+		ended.Go(func() {
+			if code, out := b.on(); code == 0 {
+				t.Errorf("%s: %s", b.place, out)
 			}
-			require.Equal(t, 1, f.count(`select count(*) from public.operations where state = 'running'`))
-			require.NoError(t, f.server.Restart(t.Context()))
-			f.second = pgtest.Admin(t, f.server.URL("oneo"))
-			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
-			require.Error(t, f.write(one, "stale"))
-			f.worked(t)
-			require.Equal(t, []string{postgres.MainGroup}, f.writable(one.Number))
-			f.in(f.now(one), `delete from log where what = 'served'`)
-			require.Equal(t, before, f.whole(f.admin, "acme"))
-			var kept int
-			require.NoError(t, f.second.QueryRow(t.Context(), `select count(*) from public.moved`).Scan(&kept))
-			require.Equal(t, 1, kept)
-			f.Invariants(t)
 		})
 	}
+	ended.Wait()
+	for _, b := range all {
+		now := f.now(b.one)
+		if b.place == "move.frozen" {
+			require.Equal(t, "second", now.Group, b.place)
+		} else {
+			require.Equal(t, postgres.MainGroup, now.Group, b.place)
+			require.NoError(t, f.write(now, "served"), b.place)
+		}
+		require.Equal(t, 1, f.count(`select count(*) from public.operations where state = 'running' and tenant = $1`, b.one.Number), b.place)
+	}
+	require.NoError(t, f.server.Restart(t.Context()))
+	f.second = pgtest.Admin(t, f.server.URL("oneo"))
+	for _, b := range all {
+		require.LessOrEqual(t, len(f.writable(b.one.Number)), 1, b.place)
+		require.Error(t, f.write(b.one, "stale"), b.place)
+	}
+	f.worked(t)
+	for _, b := range all {
+		require.Equal(t, []string{postgres.MainGroup}, f.writable(b.one.Number), b.place)
+		f.in(f.now(b.one), `delete from log where what = 'served'`)
+		require.Equal(t, b.before, f.whole(f.admin, b.one.Schema.String()), b.place)
+		var kept int
+		require.NoError(t, f.second.QueryRow(t.Context(), `select count(*) from public.moved where tenant = $1`, b.one.Number).Scan(&kept))
+		require.Equal(t, 1, kept, b.place)
+	}
+	f.Invariants(t)
 }
 
 // A step that fails is undone before the switch and finished behind it, also where only its answer was lost: then, or by the
 // same command.
 func TestAMoveThatFails(t *testing.T) {
 	t.Parallel()
-	for _, place := range failpoint.All {
+	f := newMoving(t, false)
+	for n, place := range failpoint.All {
 		if !strings.HasPrefix(place, "move.") && place != "export.table" && place != "load.checked" {
 			continue
 		}
-		t.Run(place, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, false)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			before := f.whole(f.admin, "acme")
-			code, out := f.task().process(t, place+"=error")
-			open := f.count(`select count(*) from public.operations where state = 'running'`)
-			switch place {
-			case "move.switched": // it had switched, and found that out
-				require.Zero(t, code, out)
-				require.Zero(t, open)
-			case "move.retired", "move.opened", "move.finish":
-				require.Equal(t, 1, code, out)
-				require.Equal(t, 1, open)
-			default:
-				require.Equal(t, 1, code, out)
-				require.Zero(t, open)
-				if place != "move.after" {
-					require.NoError(t, f.write(one, "goes on"))
-					f.in(one, `delete from log where what = 'goes on'`)
-				}
+		one := f.tenant(f.p, fmt.Sprintf("acme%d", n))
+		schema := one.Schema.String()
+		f.in(one, rows)
+		before := f.whole(f.admin, schema)
+		code, out := f.task(one).process(t, place+"=error")
+		open := f.count(`select count(*) from public.operations where state = 'running'`)
+		switch place {
+		case "move.switched": // it had switched, and found that out
+			require.Zero(t, code, "%s: %s", place, out)
+			require.Zero(t, open, place)
+		case "move.retired", "move.opened", "move.finish":
+			require.Equal(t, 1, code, "%s: %s", place, out)
+			require.Equal(t, 1, open, place)
+		default:
+			require.Equal(t, 1, code, "%s: %s", place, out)
+			require.Zero(t, open, place)
+			if place != "move.after" {
+				require.NoError(t, f.write(one, "goes on"), place)
+				f.in(one, `delete from log where what = 'goes on'`)
 			}
-			require.LessOrEqual(t, len(f.writable(one.Number)), 1)
-			if open == 0 {
-				f.Invariants(t)
-			}
-			require.Eventually(t, func() bool { code, out = f.task().process(t, ""); return code == 0 }, time.Minute, 100*time.Millisecond, "%s", out)
-			require.Equal(t, before, f.whole(f.second, "acme"))
-			require.Equal(t, []string{"second"}, f.writable(one.Number))
+		}
+		require.LessOrEqual(t, len(f.writable(one.Number)), 1, place)
+		if open == 0 {
 			f.Invariants(t)
-		})
+		}
+		f.again(t, f.p, f.task(one))
+		require.Equal(t, before, f.whole(f.second, schema), place)
+		require.Equal(t, []string{"second"}, f.writable(one.Number), place)
+		f.Invariants(t)
 	}
 }
 
 // What arrived is not what was sent: the move is undone, and says so.
 func TestMoveThatDiffers(t *testing.T) {
 	t.Parallel()
+	f := newMoving(t, false)
+	one := f.tenant(f.p, "acme")
+	f.in(one, rows)
 	for what, sql := range map[string]string{
 		"rows":      `update acme.authors set born = '1900-01-01' where name = 'Ada'`,
 		"a row":     `delete from acme.types where id = 3`,
@@ -669,22 +689,16 @@ func TestMoveThatDiffers(t *testing.T) {
 		"structure": `alter table acme.log add column more text`,
 		"index":     `drop index acme.titles`,
 	} {
-		t.Run(what, func(t *testing.T) {
-			t.Parallel()
-			f := newMoving(t, false)
-			one := f.tenant(f.p, "acme")
-			f.in(one, rows)
-			on := f.paused(t, "move.copied")
-			_, err := f.second.Exec(t.Context(), sql)
-			require.NoError(t, err)
-			code, out := on()
-			require.Equal(t, 1, code, out)
-			require.Contains(t, out, "what has arrived is not what was sent")
-			require.NoError(t, f.write(one, "goes on"))
-			require.Equal(t, []string{"main"}, f.writable(one.Number))
-			require.Zero(t, f.there(f.second, one.Number)-1, "the role is the same cluster's")
-			f.Invariants(t)
-		})
+		on := f.paused(t, one, "move.copied")
+		_, err := f.second.Exec(t.Context(), sql)
+		require.NoError(t, err, what)
+		code, out := on()
+		require.Equal(t, 1, code, "%s: %s", what, out)
+		require.Contains(t, out, "what has arrived is not what was sent", what)
+		require.NoError(t, f.write(one, "goes on"), what)
+		require.Equal(t, []string{"main"}, f.writable(one.Number), what)
+		require.Zero(t, f.there(f.second, one.Number)-1, "%s: the role is the same cluster's", what)
+		f.Invariants(t)
 	}
 }
 
@@ -695,7 +709,7 @@ func TestBesideAMove(t *testing.T) {
 	one := f.tenant(f.p, "acme")
 	f.in(one, rows)
 	later := f.on(f.DB, first, `alter table log add column more text`)
-	code, out := f.task().process(t, "move.copied=exit")
+	code, out := f.task(one).process(t, "move.copied=exit")
 	require.Equal(t, 137, code, out)
 	_, err := later.migrate.Tenant(t.Context(), one, migrate.TenantOptions{})
 	require.True(t, fault.Is(err, fault.Locked), "%v", err)
@@ -703,6 +717,7 @@ func TestBesideAMove(t *testing.T) {
 	b, _ := f.export(f.p, one)
 	require.NotEmpty(t, b, "it can be exported")
 	// Two at once: one does it, the other waits for that, or is told to.
+	f.died()
 	var both sync.WaitGroup
 	errs := make([]error, 2)
 	for i := range errs {
@@ -796,7 +811,7 @@ func TestAMoveIsTold(t *testing.T) {
 	t.Parallel()
 	f := newMoving(t, false)
 	one := f.tenant(f.p, "acme")
-	on := f.paused(t, "move.copied")
+	on := f.paused(t, one, "move.copied")
 	var phase string
 	require.NoError(t, f.admin.QueryRow(t.Context(), `select request->'move'->>'phase' from public.operations where state = 'running'`).Scan(&phase))
 	require.Equal(t, "frozen", phase)

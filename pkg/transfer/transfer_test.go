@@ -138,7 +138,7 @@ func (f *fixture) on(db *postgres.DB, up ...string) parts {
 
 func assemble(db *postgres.DB, base tenant.Host, up ...string) (p parts, err error) {
 	log := slog.New(slog.DiscardHandler)
-	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: files(up...), LockWait: 20 * time.Second})
+	m, err := migrate.New(db, migrate.Options{Files: schemas.Files, Tenant: files(up...), LockWait: 30 * time.Second})
 	if err != nil {
 		return p, err
 	}
@@ -147,13 +147,13 @@ func assemble(db *postgres.DB, base tenant.Host, up ...string) (p parts, err err
 		return p, err
 	}
 	p.provision, err = provision.New(provision.Options{
-		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 20 * time.Second, StaleAfter: time.Second, Secret: pgtest.Secret, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 30 * time.Second, StaleAfter: 30 * time.Second, Secret: pgtest.Secret, Logger: log,
 	})
 	if err != nil {
 		return p, err
 	}
 	p.Transfers, err = transfer.New(transfer.Options{
-		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Secret: pgtest.Secret, Volatile: []string{"sessions"}, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Secret: pgtest.Secret, Volatile: []string{"sessions"}, LockWait: 30 * time.Second, Logger: log,
 	})
 	return p, err
 }
