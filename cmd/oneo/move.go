@@ -157,6 +157,10 @@ func dropKept(ctx context.Context, e *env, a *app.App, o moveOptions) error {
 	if err != nil {
 		return err
 	}
-	e.say("destroyed %d old copies of tenant %s", n, t.Slug)
+	copies := "copies"
+	if n == 1 {
+		copies = "copy"
+	}
+	e.say("destroyed %d old %s of tenant %s", n, copies, t.Slug)
 	return nil
 }
