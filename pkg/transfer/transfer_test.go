@@ -13,6 +13,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"filippo.io/age"
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
@@ -375,9 +376,11 @@ func TestNothingOfABadArchive(t *testing.T) {
 	_, err := f.load(p, b, "copy", func(o *transfer.ImportOptions) { o.MaxBytes = 300_000 })
 	require.True(t, fault.Is(err, fault.TooLarge), "%v", err)
 	f.nothing("copy")
-	word, err := archive.PassphraseRecipient("secret")
+	key, err := age.GenerateX25519Identity()
 	require.NoError(t, err)
-	locked, _ := f.export(p, one, word)
+	to, err := archive.ParseRecipient(key.Recipient().String())
+	require.NoError(t, err)
+	locked, _ := f.export(p, one, to)
 	_, err = f.load(p, locked, "copy")
 	require.True(t, fault.Is(err, fault.WrongKey), "%v", err)
 	f.nothing("copy")
