@@ -127,6 +127,8 @@ func (c *confined) outermost(s statement) {
 		c.defaults(n)
 	case "CreateFunctionStmt":
 		c.function(s)
+	case "CreateTrigStmt":
+		c.call(node{"funcname": n["funcname"]})
 	}
 	if what != "" && !holdings[what] {
 		c.refuse("%s is nothing that lies in a schema", what)
@@ -255,7 +257,8 @@ func (c *confined) function(s statement) {
 			}
 		case "set":
 			switch name := strings.ToLower(str(sub(d, "arg"), "name")); name {
-			case "role", "session_authorization", "session_replication_role":
+			case "role", "session_authorization", "session_replication_role",
+				"standard_conforming_strings", "backslash_quote": // its body would be read otherwise there than here
 				c.refuse("the function sets %s", name)
 			}
 		case "support", "transform":
@@ -335,6 +338,9 @@ var reaching = []string{
 	"xpath_table", "lo_*", "loread", "lowrite", "pg_read_*", "pg_ls_*", "pg_stat_*", "pg_show_*", "pg_file_*", "pg_terminate_backend", "pg_cancel_backend", "pg_reload_conf",
 	"pg_rotate_logfile", "pg_notify", "pg_advisory_*", "pg_try_advisory_*", "pg_logical_*", "pg_create_*", "pg_drop_*", "pg_replication_*", "pg_switch_wal", "pg_promote",
 	"pg_backup_*", "pg_start_backup", "pg_stop_backup", "pg_wal_*", "pg_export_snapshot", "pg_import_*", "pg_log_*", "binary_upgrade_*", "pg_extension_*", "pg_prewarm", "autoprewarm_*",
+	// Of a table or an index whose name is a text.
+	"pg_clear_*", "pg_restore_*", "brin_summarize_*", "brin_desummarize_*", "gin_clean_pending_list", "check_primary_key", "check_foreign_key", "autoinc",
+	"addgeometrycolumn", "dropgeometry*", "updategeometrysrid", "populate_geometry_columns", "http", "http_*",
 }
 
 // call looks at what a function is called, and at what it is given.

@@ -53,6 +53,16 @@ func TestNotConfined(t *testing.T) {
 		return "create function f() returns integer language plpgsql as $$ " + body + " $$"
 	}
 	for _, sql := range []string{
+		// What is read otherwise where it runs.
+		`create function f() returns text language sql set standard_conforming_strings to off as $$ select 'a\''; delete from other.t; --' $$`,
+		`create function f() returns text language plpgsql set "Backslash_Quote" to on as $$ begin return 'a'; end $$`,
+		// What may be anybody's, by its number.
+		`create table t (a bigint default nextval('16384'))`, `create table t (a bigint default nextval('16384'::regclass))`, `create function f() returns bigint language sql as $$ select setval('16384', 1) $$`,
+		`create table t (a bigint default nextval('acme.other.s'))`, `create function f() returns bigint language sql as $$ select setval('"acme"."other"."s"', 1) $$`,
+		`create view v as select 1 where exists (select other.f(), count(*) from t)`, `create view v as select 1 where exists (select 'other.t'::regclass, count(*))`,
+		`create index i on t (a collate other.c)`, `create view v as select 1 operator(other.=) any (select 1)`, `create view v as select a from t order by a using operator(other.<)`,
+		`create view v as select a from t tablesample other.m (1)`, `create table t (a text) partition by list (a collate other.c)`,
+		`create function f() returns bigint language sql as $$ select gin_clean_pending_list('other.i') $$`, `create trigger g after delete on t execute function check_foreign_key(1, 'cascade', 'id', 'other.t', 'id')`,
 		// Other kinds of statements.
 		`create role bob`, `alter role oneo_owner superuser`, `create extension dblink`, `create database x`, `create schema x`, `drop schema acme`, `alter schema acme rename to x`,
 		`create foreign table f (a integer) server s`, `create server s foreign data wrapper w`, `create event trigger e on ddl_command_end execute function f()`, `copy notes to program 'id'`,

@@ -43,16 +43,18 @@ func (c *checker) walkNames(v any, stars bool) {
 				c.literal(n["arg"], c.line(n))
 			}
 		case "SubLink":
+			c.qualifiedWords(words(list(n, "operName")), c.line(n))
 			if str(n, "subLinkType") == "EXISTS_SUBLINK" {
 				// What its list of columns says does not matter, so it may be a star.
 				_, query := unwrap(n["subselect"])
+				c.walkNames(query["targetList"], false) // names in it do: an aggregate has it computed
 				query = maps.Clone(query)
 				delete(query, "targetList")
 				c.walkNames(query, stars)
 				return false
 			}
 		default:
-			for _, field := range []string{"objname", "defnames", "domainname", "typeName", "opclass", "collname", "name"} {
+			for _, field := range []string{"objname", "defnames", "domainname", "typeName", "opclass", "collname", "collation", "name", "useOp", "method"} {
 				c.qualifiedWords(words(list(n, field)), c.line(n))
 			}
 		}
@@ -112,10 +114,29 @@ var tableFunctions = map[string]bool{
 // literal looks at a text that names a table.
 func (c *checker) literal(v any, line int) {
 	text, ok := constant(v)
-	schema, name, dotted := strings.Cut(text, ".")
-	if ok && dotted {
-		c.qualified(strings.Trim(schema, `"`), name, line)
+	if !ok {
+		return
 	}
+	if text != "" && strings.Trim(text, "0123456789") == "" {
+		c.add(ruleForeign, line, "'%s' is an object's number, whose it may be", text)
+	}
+	// A database may be called as the schema is: what stands before the last dot counts.
+	if w := dots(text); len(w) > 1 {
+		c.qualified(strings.Join(w[:len(w)-1], "."), w[len(w)-1], line)
+	}
+}
+
+// dots cuts a name at the dots that are not in quotes, and takes the quotes off.
+func dots(name string) (w []string) {
+	quoted := false
+	w = strings.FieldsFunc(name, func(r rune) bool {
+		quoted = quoted != (r == '"')
+		return r == '.' && !quoted
+	})
+	for i := range w {
+		w[i] = strings.Trim(w[i], `"`)
+	}
+	return w
 }
 
 // statementNames looks at what the statement itself makes, changes and sets.
