@@ -36,6 +36,7 @@ type CreateRequest struct {
 	Adopt                         *Adoption       // the schema is there already; nil: it is to be made
 	Fill                          *Filling        // the tables get rows before anybody sees them; nil: the tenant begins as its migrations make it
 	Origin                        *Origin         // the tenant that it is a clone of, for the audit trail; nil: of none
+	Suspended                     bool            // with Fill: it is not served until it is resumed
 	Actor                         string          // who asked, for the audit trail
 }
 
@@ -225,7 +226,7 @@ func (p *Provisioner) vacant(ctx context.Context, slug tenant.Slug, actor string
 				return false, t, err
 			}
 			continue
-		case kind == KindCreate && t.State == tenant.Active:
+		case kind == KindCreate && (t.State == tenant.Active || t.State == tenant.Suspended):
 			return false, t, nil
 		case t.State == tenant.Creating:
 			return false, t, fault.New(fault.Locked, "the tenant is being created").WithCode("operation_running").WithTenant(slug.String())
@@ -270,6 +271,10 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 	if !p.o.DB.SameDatabase(r.Group) || r.Fill != nil {
 		state = tenant.Creating
 	}
+	becomes := tenant.Active
+	if r.Suspended {
+		becomes = tenant.Suspended
+	}
 	details := map[string]any{"schema": r.Schema.String(), "group": r.Group}
 	if r.Adopt != nil {
 		details["adopted_at_version"] = r.Adopt.Version
@@ -313,10 +318,10 @@ func (p *Provisioner) creationOn(inst postgres.Installation, r CreateRequest, nu
 			if state == tenant.Active {
 				return nil
 			}
-			return created(ctx, q, number)
+			return created(ctx, q, number, becomes)
 		},
 		undo: func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, number) },
-		made: placed(number),
+		made: placedAs(number, &becomes),
 	}
 }
 
@@ -332,8 +337,8 @@ func clonedTo(ctx context.Context, q postgres.Querier, from Origin, to tenant.Te
 	})
 }
 
-func created(ctx context.Context, q postgres.Querier, number int32) error {
-	_, err := q.Exec(ctx, `update public.tenants set state = 'active', updated_at = now() where number = $1 and state = 'creating'`, number)
+func created(ctx context.Context, q postgres.Querier, number int32, state tenant.State) error {
+	_, err := q.Exec(ctx, `update public.tenants set state = $2, updated_at = now() where number = $1 and state = 'creating'`, number, string(state))
 	return err
 }
 
@@ -356,6 +361,17 @@ func placed(number int32, conditions ...string) func(context.Context, *postgres.
 	}
 }
 
+// placedAs is placed, and reads the state of the placement.
+func placedAs(number int32, state *tenant.State) func(context.Context, *postgres.OwnerTx) (bool, error) {
+	return func(ctx context.Context, tx *postgres.OwnerTx) (bool, error) {
+		err := tx.QueryRow(ctx, `select state from public.placements where number = $1 and state <> 'spare'`, number).Scan(state)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return false, nil
+		}
+		return err == nil, err
+	}
+}
+
 const codeNotMade = "not_made"
 
 func notMade(err error) bool {
@@ -366,6 +382,8 @@ func notMade(err error) bool {
 // settling ends a creation that stands half-made with no operation to finish it: where its schema was made it becomes
 // a tenant, otherwise its name is free again and the error is notMade.
 func (p *Provisioner) settling(t tenant.Tenant, actor string) change {
+	var becomes tenant.State
+	made := placedAs(t.Number, &becomes)
 	return change{
 		kind: KindCreate, point: "create", tenant: t, actor: actor,
 		request: request{Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group, Name: t.Name},
@@ -380,15 +398,15 @@ func (p *Provisioner) settling(t tenant.Tenant, actor string) change {
 			return err
 		},
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
-			made, err := placed(t.Number)(ctx, tx)
-			if err == nil && !made {
+			is, err := made(ctx, tx)
+			if err == nil && !is {
 				return fault.New(fault.Conflict, "the tenant's creation had not got as far as its schema").WithCode(codeNotMade)
 			}
 			return err
 		},
-		finish: func(ctx context.Context, q postgres.Querier) error { return created(ctx, q, t.Number) },
+		finish: func(ctx context.Context, q postgres.Querier) error { return created(ctx, q, t.Number, becomes) },
 		undo:   func(ctx context.Context, q postgres.Querier) error { return uncreated(ctx, q, t.Number) },
-		made:   placed(t.Number),
+		made:   made,
 	}
 }
 
@@ -447,7 +465,9 @@ func (p *Provisioner) makeSchema(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	at := plot{number: number, schema: r.Schema, state: string(tenant.Active)}
 	switch {
 	case r.Fill != nil:
-		at.fill = r.Fill
+		if at.fill = r.Fill; r.Suspended {
+			at.state = string(tenant.Suspended)
+		}
 		return p.build(ctx, tx, inst, at, func() error {
 			return r.Fill.Rows(ctx, tx, structure.Schema{Name: r.Schema.String(), Role: p.role(inst, number)})
 		})

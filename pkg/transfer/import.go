@@ -75,12 +75,7 @@ func (x *Transfers) make(ctx context.Context, r io.Reader, o ImportOptions, chan
 			return t, trailer, err
 		}
 	}
-	if t, err = x.o.Provision.Create(ctx, req); err != nil {
-		return t, trailer, err
-	}
-	if tenant.State(known.State) == tenant.Suspended && h.Slug == t.Slug.String() {
-		t, err = x.o.Provision.Suspend(ctx, t.Slug, o.Actor)
-	}
+	t, err = x.o.Provision.Create(ctx, req)
 	return t, trailer, err
 }
 
@@ -197,6 +192,7 @@ func (x *Transfers) request(h archive.Header, known archive.Registry, o ImportOp
 		}
 		return r, nil
 	}
+	r.Suspended = tenant.State(known.State) == tenant.Suspended
 	if o.WithoutDomains {
 		return r, nil
 	}

@@ -296,6 +296,50 @@ func TestRegistryRows(t *testing.T) {
 	require.Equal(t, 2, f.count(`select count(*) from public.domains where tenant = $1`, back.Number))
 }
 
+// A tenant that was suspended is so from the first moment, and after kill -9 too: nobody is served from it until it is resumed.
+func TestSuspendedIsNeverActive(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	p := f.with(first)
+	one := f.tenant(p, "acme")
+	f.in(one, rows)
+	_, err := p.provision.Suspend(t.Context(), one.Slug, "test")
+	require.NoError(t, err)
+	b, _ := f.export(p, one)
+	gone := func() {
+		_, err := p.provision.Drop(t.Context(), one.Slug, time.Hour, "test")
+		require.NoError(t, err)
+		_, err = p.provision.Purge(t.Context(), one.Slug, "test")
+		require.NoError(t, err)
+	}
+	gone()
+	_, err = f.admin.Exec(t.Context(), `create table public.seen (state text);
+create function public.see() returns trigger language plpgsql security definer as $$ begin insert into public.seen values (new.state); return null; end $$;
+create trigger see after insert or update on public.tenants for each row execute function public.see();
+create trigger see after insert or update on public.placements for each row execute function public.see()`)
+	require.NoError(t, err)
+	back, err := f.load(p, b, "")
+	require.NoError(t, err)
+	require.Equal(t, tenant.Suspended, back.State)
+	require.Zero(t, f.count(`select count(*) from public.seen where state = 'active'`))
+	f.Invariants(t)
+	k := task{What: "import", File: f.file(b), As: "acme", Base: f.Base.String(), Groups: map[string]postgres.Group{postgres.MainGroup: f.Group}}
+	for _, place := range []string{"create.schema", "create.finish", "create.after"} {
+		gone()
+		code, out := k.process(t, place+"=exit")
+		require.Equal(t, 137, code, "%s: %s", place, out)
+		require.Eventually(t, func() bool { // the dead process's operation goes stale within a second
+			code, out = k.process(t, "")
+			return code == 0 || strings.Contains(out, "exists already")
+		}, time.Minute, 100*time.Millisecond, "%s: %s", place, out)
+		back, err := registryTenant(f, "acme")
+		require.NoError(t, err)
+		require.Equal(t, tenant.Suspended, back.State, place)
+		require.Zero(t, f.count(`select count(*) from public.seen where state = 'active'`), place)
+		f.Invariants(t)
+	}
+}
+
 // What a tenant has beyond its migrations comes with it only when somebody says so, and then all of it.
 func TestCustomDDL(t *testing.T) {
 	t.Parallel()
