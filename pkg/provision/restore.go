@@ -94,8 +94,8 @@ func (p *Provisioner) restoring(t tenant.Tenant, r RestoreRequest, done *Restore
 }
 
 // Beside makes and fills tables beside a tenant's, at the newest version, as Restore does, and runs fn in the same transaction,
-// with an empty search path. Then they are gone again. What fn has changed of the tenant's own stays unless it fails; it takes the
-// tenant's gate for that. Meanwhile no other operation of the tenant begins. Faults: those of Restore.
+// with an empty search path. Then they are gone again. What fn has changed of the tenant's own stays unless it fails, and where the
+// registry is in the same database nobody goes on with what was cached of it; fn takes the tenant's gate for that. Meanwhile no other operation of the tenant begins. Faults: those of Restore.
 func (p *Provisioner) Beside(ctx context.Context, slug tenant.Slug, fill Filling, fn func(ctx context.Context, tx *postgres.OwnerTx, live, beside structure.Schema) error) error {
 	t, err := p.find(ctx, slug)
 	if err != nil {
@@ -126,7 +126,10 @@ func (p *Provisioner) Beside(ctx context.Context, slug tenant.Slug, fill Filling
 		if err := fn(ctx, tx, structure.Schema{Name: t.Schema.String(), Role: beside.Role}, beside); err != nil {
 			return err
 		}
-		return tx.Script(ctx, emptyPath+"drop schema "+postgres.Quote(beside.Name)+" cascade")
+		if err := tx.Script(ctx, emptyPath+"drop schema "+postgres.Quote(beside.Name)+" cascade"); err != nil {
+			return err
+		}
+		return p.forgotten(ctx, tx, t)
 	})
 }
 

@@ -71,13 +71,14 @@ func (x *Transfers) beside(ctx context.Context, t tenant.Tenant, r io.Reader, fo
 // compared is how one table is compared, on one side and on the other.
 type compared struct {
 	name    string
-	columns []string // that both sides have and write
-	key     []string // the primary key, the same on both sides; none: whole rows are compared
-	only    string   // a condition on the rows of both sides, of constants; empty: all
-	live    bool     // the tenant has the table
-	beside  bool     // the archive has
-	lacking string   // a column that the archive has and the tenant has not; empty: none
-	always  []string // columns that PostgreSQL alone gives a value: they cannot be put back
+	columns []string          // that both sides have and write
+	key     []string          // the primary key, the same on both sides; none: whole rows are compared
+	only    string            // a condition on the rows of both sides, of constants; empty: all
+	live    bool              // the tenant has the table
+	beside  bool              // the archive has
+	lacking string            // a column that the archive has and the tenant has not; empty: none
+	always  []string          // columns that PostgreSQL alone gives a value: they cannot be put back
+	own     map[string]string // columns of a type that each side has of its own, and the tenant's type
 
 	// How it is merged.
 	overwrite   bool
@@ -107,6 +108,10 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 	if err != nil {
 		return nil, err
 	}
+	own, err := ownTypesOf(ctx, tx, live)
+	if err != nil {
+		return nil, err
+	}
 	var all []compared
 	for _, t := range there {
 		all = append(all, compared{name: t.name, columns: t.columns, live: true})
@@ -124,7 +129,7 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 				c.lacking = column
 			}
 		}
-		c.always = always[c.name]
+		c.always, c.own = always[c.name], own[c.name]
 		c.columns = slices.DeleteFunc(c.columns, func(column string) bool { return !slices.Contains(t.columns, column) })
 		if keys[c.name].types == others[c.name].types {
 			c.key = keys[c.name].columns
@@ -151,17 +156,39 @@ where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = 
 	return all, err
 }
 
+// ownTypesOf lists the columns of a schema's tables whose types lie in the schema too.
+func ownTypesOf(ctx context.Context, q postgres.Querier, schema string) (map[string]map[string]string, error) {
+	const query = `select c.relname::text, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod)
+from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid join pg_catalog.pg_type y on y.oid = a.atttypid
+where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'r' and y.typnamespace = c.relnamespace`
+	rows, err := q.Query(ctx, query, schema)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]map[string]string{}
+	var name, column, of string
+	_, err = pgx.ForEachRow(rows, []any{&name, &column, &of}, func() error {
+		if all[name] == nil {
+			all[name] = map[string]string{}
+		}
+		all[name][column] = of
+		return nil
+	})
+	return all, err
+}
+
 // key is a table's primary key.
 type key struct {
 	columns []string
-	types   string // with the columns' names: what two keys must have in common
+	types   string // with the columns' names, and without the schema's: what two keys must have in common
 }
 
 func keysOf(ctx context.Context, q postgres.Querier, schema string) (map[string]key, error) {
-	const query = `select c.relname::text, array_agg(a.attname::text order by u.ord), string_agg(a.attname || ' ' || pg_catalog.format_type(a.atttypid, a.atttypmod), ', ' order by u.ord)
+	const query = `select c.relname::text, array_agg(a.attname::text order by u.ord), string_agg(a.attname || ' ' ||
+	case when y.typnamespace = c.relnamespace then '.' || y.typname else pg_catalog.format_type(a.atttypid, a.atttypmod) end, ', ' order by u.ord)
 from pg_catalog.pg_constraint k join pg_catalog.pg_class c on c.oid = k.conrelid
 cross join lateral unnest(k.conkey) with ordinality u (num, ord)
-join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = u.num
+join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = u.num join pg_catalog.pg_type y on y.oid = a.atttypid
 where k.contype = 'p' and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) group by c.oid, c.relname`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
@@ -233,7 +260,11 @@ from (` + one(live) + `) l full join (` + one(beside) + `) b on b.v = l.v`
 		}
 		list := from.digest() + " as v"
 		for i, k := range c.key {
-			list += fmt.Sprintf(", t.%s as k%d", postgres.Quote(k), i)
+			as := "" // what is the same in two schemas has two types
+			if c.own[k] != "" {
+				as = "::text"
+			}
+			list += fmt.Sprintf(", t.%s%s as k%d", postgres.Quote(k), as, i)
 		}
 		return "select " + list + " from " + side(schema)
 	}

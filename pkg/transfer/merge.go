@@ -192,6 +192,9 @@ func (c compared) mergeSQL(live, beside string) string {
 	for i, name := range c.columns {
 		q := postgres.Quote(name)
 		columns[i], values[i] = q, "t."+q
+		if own := c.own[name]; own != "" {
+			values[i] += "::text::" + own
+		}
 		if v := c.values[name]; v != "" {
 			values[i] = v
 		}
@@ -278,24 +281,35 @@ where k.contype = 'f' and c.oid <> r.oid and c.relnamespace = (select oid from p
 	return ordered, nil
 }
 
-// raiseSequences lets the sequences of a table's columns go on behind the highest value.
+// raiseSequences lets the sequences that give a table's columns their values go on behind the last one that is there.
 func raiseSequences(ctx context.Context, tx *postgres.OwnerTx, schema, name string) error {
-	const query = `select a.attname::text, n.nspname::text, s.relname::text from pg_catalog.pg_attribute a
-join pg_catalog.pg_depend d on d.refobjid = a.attrelid and d.refobjsubid = a.attnum and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
-	and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype in ('a', 'i')
-join pg_catalog.pg_class s on s.oid = d.objid and s.relkind = 'S' join pg_catalog.pg_namespace n on n.oid = s.relnamespace
-join pg_catalog.pg_sequence q on q.seqrelid = s.oid and q.seqincrement > 0
-where a.attrelid = pg_catalog.format('%I.%I', $1::text, $2::text)::pg_catalog.regclass and a.atttypid in (20, 21, 23)`
+	const query = `with a as (select attrelid, attnum, attname from pg_catalog.pg_attribute
+	where attrelid = pg_catalog.format('%I.%I', $1::text, $2::text)::pg_catalog.regclass and atttypid in (20, 21, 23)),
+of (attname, sequence) as (
+	select a.attname, d.objid from a join pg_catalog.pg_depend d on d.refobjid = a.attrelid and d.refobjsubid = a.attnum and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+		and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype in ('a', 'i')
+	union
+	select a.attname, d.refobjid from a join pg_catalog.pg_attrdef v on v.adrelid = a.attrelid and v.adnum = a.attnum
+		join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass and d.objid = v.oid and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass)
+select of.attname::text, n.nspname::text, s.relname::text, q.seqincrement > 0, q.seqmin, q.seqmax
+from of join pg_catalog.pg_class s on s.oid = of.sequence and s.relkind = 'S' join pg_catalog.pg_namespace n on n.oid = s.relnamespace
+join pg_catalog.pg_sequence q on q.seqrelid = s.oid`
 	rows, err := tx.Query(ctx, query, schema, name)
 	if err != nil {
 		return err
 	}
 	var column, at, sequence string
+	var up bool
+	var least, most int64
 	var all []string
-	if _, err := pgx.ForEachRow(rows, []any{&column, &at, &sequence}, func() error {
-		q := postgres.Quote(at) + "." + postgres.Quote(sequence)
-		all = append(all, fmt.Sprintf(`select pg_catalog.setval('%s'::pg_catalog.regclass, m.most) from (select max(%s)::bigint from %s.%s) m (most), %s s where m.most > s.last_value`,
-			strings.ReplaceAll(q, "'", "''"), postgres.Quote(column), postgres.Quote(schema), postgres.Quote(name), q))
+	if _, err := pgx.ForEachRow(rows, []any{&column, &at, &sequence, &up, &least, &most}, func() error {
+		q, last, behind := postgres.Quote(at)+"."+postgres.Quote(sequence), "max", ">"
+		if !up {
+			last, behind = "min", "<"
+		}
+		all = append(all, fmt.Sprintf(`select pg_catalog.setval('%s'::pg_catalog.regclass, m.last) from (select %s(%s)::bigint from %s.%s) m (last), %s s
+where m.last between %d and %d and (m.last %s s.last_value or m.last = s.last_value and not s.is_called)`,
+			strings.ReplaceAll(q, "'", "''"), last, postgres.Quote(column), postgres.Quote(schema), postgres.Quote(name), q, least, most, behind))
 		return nil
 	}); err != nil {
 		return err
