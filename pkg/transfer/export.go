@@ -102,7 +102,12 @@ func (x *Transfers) registryOf(ctx context.Context, t tenant.Tenant) (r archive.
 // plain is how values are written, whatever the server's or the database's own words are: what one server writes another one reads.
 const plain = `set local datestyle to 'ISO, YMD'; set local intervalstyle to postgres; set local extra_float_digits to 3;
 set local bytea_output to hex; set local synchronize_seqscans to off; set local timezone to utc; set local lc_monetary to 'C'; set local xmloption to content;
-set local row_security to off; set local search_path to ''`
+set local row_security to off; set local standard_conforming_strings to on; set local search_path to ''`
+
+// asUsual takes plain back: what is computed is so by the database's own words.
+const asUsual = `set local datestyle to default; set local intervalstyle to default; set local extra_float_digits to default;
+set local bytea_output to default; set local synchronize_seqscans to default; set local timezone to default; set local lc_monetary to default; set local xmloption to default;
+set local row_security to default; set local standard_conforming_strings to default`
 
 // export writes one tenant over a session that may write others afterwards.
 func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, out form, o ExportOptions) (trailer archive.Trailer, err error) {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/failpoint"
@@ -78,6 +79,11 @@ func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.R
 	if err := custom(ctx, tx, a.Structure(), at, o.ours); err != nil {
 		return archive.Trailer{}, err
 	}
+	if !a.Header().Empty {
+		if err := usableLabels(ctx, tx, at); err != nil {
+			return archive.Trailer{}, err
+		}
+	}
 	tables, err := tablesOf(ctx, tx, at.Name)
 	if err != nil {
 		return archive.Trailer{}, err
@@ -135,10 +141,14 @@ func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.R
 	if err := tx.Script(ctx, strings.Join(later, ";\n")); err != nil {
 		return trailer, fmt.Errorf("make indexes and constraints: %w", err)
 	}
-	if err := refresh(ctx, tx, at.Name); err != nil {
+	if err := sameStructure(ctx, tx, a.Header(), at); err != nil {
 		return trailer, err
 	}
-	if err := sameStructure(ctx, tx, a.Header(), at); err != nil {
+	// The rows are in. Views, and the migrations that follow, mean the database's time zone.
+	if err := tx.Script(ctx, asUsual+";\n"+path); err != nil {
+		return trailer, err
+	}
+	if err := refresh(ctx, tx, at.Name); err != nil {
 		return trailer, err
 	}
 	// What plans are made by would otherwise come with the next autovacuum.
@@ -155,6 +165,63 @@ func (x *Transfers) load(ctx context.Context, tx *postgres.OwnerTx, a *archive.R
 		return trailer, err
 	}
 	return trailer, nil
+}
+
+// usableLabels makes the schema's objects anew, by what they are, where a label was added to an enum since it was made: before
+// PostgreSQL 17 no row may have such a label in the same transaction. No table has a row yet that is not to be cleared.
+func usableLabels(ctx context.Context, tx *postgres.OwnerTx, at structure.Schema) error {
+	const query = `select coalesce(pg_catalog.string_agg(pg_catalog.format('%L::%I.%I', e.enumlabel, n.nspname, y.typname), ', '), 'null'), current_user::text
+from pg_catalog.pg_namespace n join pg_catalog.pg_type y on y.typnamespace = n.oid join pg_catalog.pg_enum e on e.enumtypid = y.oid where n.nspname = $1`
+	var all, owner string
+	if err := tx.QueryRow(ctx, query, at.Name).Scan(&all, &owner); err != nil {
+		return err
+	}
+	err := tx.Script(ctx, "savepoint labels;\nselect "+all+";\nrelease labels")
+	const unsafeLabel = "55P04"
+	if pe := (*pgconn.PgError)(nil); err == nil || !errors.As(err, &pe) || pe.Code != unsafeLabel {
+		return err
+	}
+	if err := tx.Script(ctx, "rollback to labels; release labels"); err != nil {
+		return err
+	}
+	want, err := structure.Read(ctx, tx, at)
+	if err != nil {
+		return err
+	}
+	comments, err := commentsOf(ctx, tx, at.Name)
+	if err != nil {
+		return err
+	}
+	if err := tx.Script(ctx, "drop schema "+postgres.Quote(at.Name)+" cascade;\n"+structure.Empty(at)); err != nil {
+		return err
+	}
+	empty, err := structure.Read(ctx, tx, at)
+	if err != nil {
+		return err
+	}
+	if err := tx.Script(ctx, bound(at)+"; set local check_function_bodies to off"); err != nil {
+		return err
+	}
+	refused := func(why any) error {
+		return fault.New(fault.Conflict, "before PostgreSQL 17 labels of an enum cannot be loaded that were added to it, and the tables could not be made otherwise: %v", why).
+			WithCode("enum_labels").WithHint("load it into PostgreSQL 17 or a newer one")
+	}
+	if step, err := structure.Run(ctx, tx, at, owner, structure.Way(empty, want)); err != nil && step.SQL == "" {
+		return err
+	} else if err != nil {
+		return refused(fmt.Sprintf("%s: %v", step.What, err))
+	}
+	if err := tx.Script(ctx, strings.Join(append(comments, "set local check_function_bodies to on"), ";\n")); err != nil {
+		return err
+	}
+	have, err := structure.Read(ctx, tx, at)
+	if err != nil {
+		return err
+	}
+	if d := structure.Compare(want, have); len(d) > 0 {
+		return refused(d[0])
+	}
+	return tx.Script(ctx, bound(at))
 }
 
 // bound is the statement that binds a transaction to a schema.
