@@ -251,6 +251,9 @@ func leaves(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, force bo
 		return fault.New(fault.Conflict, "the tenant's schema is gone, or was made again behind oneo's back").WithCode(codeSchemaMissing).
 			WithHint("oneo migrate status names all such tenants")
 	}
+	if err := untied(ctx, tx, at); err != nil {
+		return err
+	}
 	const ask = `select exists (select from public.progress where tenant = $1),
 	(select count(*) from public.undo_points where tenant = $1 and expires_at > pg_catalog.now()) + (select count(*) from public.replaced where tenant = $1 and expires_at > pg_catalog.now()),
 	greatest((select max(expires_at) from public.undo_points where tenant = $1), (select max(expires_at) from public.replaced where tenant = $1))`

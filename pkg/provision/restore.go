@@ -63,6 +63,9 @@ func (p *Provisioner) restoring(t tenant.Tenant, r RestoreRequest, done *Restore
 			if err := forgetUndo(ctx, tx, t.Number); err != nil {
 				return err
 			}
+			if err := untied(ctx, tx, t.Schema.String()); err != nil {
+				return err
+			}
 			if _, err := p.fillBeside(ctx, tx, t, r.Fill); err != nil {
 				return err
 			}
@@ -282,6 +285,48 @@ func rename(ctx context.Context, tx *postgres.OwnerTx, names ...string) error {
 	return tx.Script(ctx, sql)
 }
 
+// untied refuses to take tables out of use to which something outside of their schema is tied, as a view for reports or a publication:
+// it would go on with the old ones, and vanish with them.
+func untied(ctx context.Context, tx *postgres.OwnerTx, schema string) error {
+	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1),
+own (class, oid) as materialized (
+	select 'pg_catalog.pg_namespace'::pg_catalog.regclass, s.oid from s
+	union all select 'pg_catalog.pg_class'::pg_catalog.regclass, c.oid from s join pg_catalog.pg_class c on c.relnamespace = s.oid
+	union all select 'pg_catalog.pg_type'::pg_catalog.regclass, y.oid from s join pg_catalog.pg_type y on y.typnamespace = s.oid
+	union all select 'pg_catalog.pg_proc'::pg_catalog.regclass, p.oid from s join pg_catalog.pg_proc p on p.pronamespace = s.oid
+), tied as materialized (
+	select distinct d.classid, d.objid, d.objsubid from own join pg_catalog.pg_depend d on d.refclassid = own.class and d.refobjid = own.oid
+	where d.deptype in ('n', 'a') and d.classid <> 'pg_catalog.pg_default_acl'::pg_catalog.regclass
+), placed as (
+	select t.*, case t.classid
+		when 'pg_catalog.pg_class'::pg_catalog.regclass then (select relnamespace from pg_catalog.pg_class where oid = objid)
+		when 'pg_catalog.pg_type'::pg_catalog.regclass then (select typnamespace from pg_catalog.pg_type where oid = objid)
+		when 'pg_catalog.pg_proc'::pg_catalog.regclass then (select pronamespace from pg_catalog.pg_proc where oid = objid)
+		when 'pg_catalog.pg_constraint'::pg_catalog.regclass then (select connamespace from pg_catalog.pg_constraint where oid = objid)
+		when 'pg_catalog.pg_operator'::pg_catalog.regclass then (select oprnamespace from pg_catalog.pg_operator where oid = objid)
+		when 'pg_catalog.pg_statistic_ext'::pg_catalog.regclass then (select stxnamespace from pg_catalog.pg_statistic_ext where oid = objid)
+		when 'pg_catalog.pg_rewrite'::pg_catalog.regclass then (select relnamespace from pg_catalog.pg_class c join pg_catalog.pg_rewrite r on r.ev_class = c.oid where r.oid = objid)
+		when 'pg_catalog.pg_attrdef'::pg_catalog.regclass then (select relnamespace from pg_catalog.pg_class c join pg_catalog.pg_attrdef a on a.adrelid = c.oid where a.oid = objid)
+		when 'pg_catalog.pg_trigger'::pg_catalog.regclass then (select relnamespace from pg_catalog.pg_class c join pg_catalog.pg_trigger g on g.tgrelid = c.oid where g.oid = objid)
+		when 'pg_catalog.pg_policy'::pg_catalog.regclass then (select relnamespace from pg_catalog.pg_class c join pg_catalog.pg_policy y on y.polrelid = c.oid where y.oid = objid)
+	end as at from tied t
+), outside as (
+	select pg_catalog.pg_describe_object(classid, objid, objsubid) as what from placed left join pg_catalog.pg_namespace n on n.oid = placed.at
+	where case when n.oid is null -- these lie in no schema
+		then classid in (pg_catalog.to_regclass('pg_catalog.pg_publication_rel'), pg_catalog.to_regclass('pg_catalog.pg_publication_namespace'),
+			pg_catalog.to_regclass('pg_catalog.pg_event_trigger'), pg_catalog.to_regclass('pg_catalog.pg_cast'))
+		else n.oid <> (select oid from s) and n.nspname !~ '^(oneo|pg_temp|pg_toast)_' end
+)
+select count(*), coalesce((select pg_catalog.string_agg(what, ', ') from (select what from outside order by what limit 10) w), '') from outside`
+	var count int
+	var some string
+	if err := tx.QueryRow(ctx, query, schema).Scan(&count, &some); err != nil || count == 0 {
+		return err
+	}
+	return fault.New(fault.Conflict, "%d object(s) outside of the tenant's schema are tied to its tables, and would go on with the old ones: %s", count, some).WithCode("tied_outside").
+		WithHint("take them away first, and make them again afterwards")
+}
+
 // right is what somebody may do with a schema.
 type right struct {
 	Role      string `json:"role"` // empty: everybody
@@ -370,7 +415,12 @@ func (p *Provisioner) CheckReturn(ctx context.Context, t tenant.Tenant, restore 
 	if t.State != tenant.Active && t.State != tenant.Suspended {
 		return until, wrongState(t, "returned to what it was", "oneo tenant undrop "+t.Slug.String())
 	}
-	return until, p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error { return returnable(ctx, tx, t, restore, &until) })
+	return until, p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error {
+		if err := returnable(ctx, tx, t, restore, &until); err != nil {
+			return err
+		}
+		return untied(ctx, tx, t.Schema.String())
+	})
 }
 
 func (p *Provisioner) returning(t tenant.Tenant, restore uuid.UUID, actor string, done *Restored) change {
@@ -381,6 +431,9 @@ func (p *Provisioner) returning(t tenant.Tenant, restore uuid.UUID, actor string
 		known:   func(operation uuid.UUID) { by = &operation },
 		schema: func(ctx context.Context, tx *postgres.OwnerTx) error {
 			if err := returnable(ctx, tx, t, restore, &done.Kept); err != nil {
+				return err
+			}
+			if err := untied(ctx, tx, t.Schema.String()); err != nil {
 				return err
 			}
 			if err := forgetUndo(ctx, tx, t.Number); err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -29,6 +30,9 @@ func (x *Transfers) Check(ctx context.Context, t tenant.Tenant, group string) (s
 			}
 			from, err := x.describe(ctx, ses, t, at)
 			if err != nil {
+				return err
+			}
+			if err := x.complete(ctx, ses, t.Group, &from); err != nil {
 				return err
 			}
 			tables, err := tablesOf(ctx, ses, at.Name)
@@ -104,12 +108,18 @@ func (x *Transfers) unload(ctx context.Context, r io.Reader, group string, arriv
 type summed struct {
 	form
 	header  archive.Header
+	columns map[string][]string // by table, in the order in which they were read
 	trailer archive.Trailer
 }
 
 func (s *summed) begin(ctx context.Context, from source) error {
-	s.header = from.header
+	s.header, s.columns = from.header, map[string][]string{}
 	return s.form.begin(ctx, from)
+}
+
+func (s *summed) table(t table) (io.Writer, string, error) {
+	s.columns[t.name] = t.columns
+	return s.form.table(t)
 }
 
 func (s *summed) end(sequences []archive.Sequence) (t archive.Trailer, err error) {
@@ -117,8 +127,9 @@ func (s *summed) end(sequences []archive.Sequence) (t archive.Trailer, err error
 	return s.trailer, err
 }
 
-// discarded only sums the rows up.
+// discarded only sums the rows up, of columns in the order in which another one has read them.
 type discarded struct {
+	as     *summed
 	schema string
 	open   *tally
 	sums   []archive.Sum
@@ -131,6 +142,9 @@ func (d *discarded) begin(_ context.Context, from source) error {
 
 func (d *discarded) table(t table) (io.Writer, string, error) {
 	d.open = newTally(io.Discard, t.name)
+	if as := d.as.columns[t.name]; slices.Equal(slices.Sorted(slices.Values(as)), slices.Sorted(slices.Values(t.columns))) {
+		t.columns = as
+	}
 	return d.open, copyOf(d.schema, t.name, t.columns), nil
 }
 
@@ -149,7 +163,7 @@ func (d *discarded) leave() {}
 func (x *Transfers) verify(ctx context.Context, t tenant.Tenant, group string, sent *summed, tell func(Progress)) error {
 	there := t
 	there.Group = group
-	have := &summed{form: &discarded{}}
+	have := &summed{form: &discarded{as: sent}}
 	err := x.o.DB.OwnerSession(ctx, group, func(ses *postgres.Session) error {
 		_, err := x.export(ctx, ses, there, archive.Registry{}, have, ExportOptions{volatile: true, Progress: tell})
 		return err

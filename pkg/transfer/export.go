@@ -52,7 +52,8 @@ type Progress struct {
 
 // Export writes a tenant as an archive, or in another format: every row as it was at one moment, while others go on working. It holds the
 // tenant's operation lock, so that no migration runs meanwhile, and no lock that a request would wait for. When it fails,
-// what was written is no archive, and Reader says so; plain SQL ends nothing that it has begun.
+// what was written is no archive, and Reader says so; plain SQL ends nothing that it has begun. Conflict: the tenant has something
+// beyond its migrations that no archive carries; it is named.
 func (x *Transfers) Export(ctx context.Context, t tenant.Tenant, w io.Writer, o ExportOptions) (archive.Trailer, error) {
 	out, err := x.form(w, o)
 	if err != nil {
@@ -137,6 +138,11 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		from, err := x.describe(ctx, ses, t, at)
 		if err != nil {
 			return err
+		}
+		if o.Format == Archive || o.Format == "" {
+			if err := x.complete(ctx, ses, t.Group, &from); err != nil {
+				return err
+			}
 		}
 		from.header.Installation, from.header.Empty, from.known = inst.ID, o.Empty, known
 		if o.Begun != nil {

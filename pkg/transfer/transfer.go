@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -41,7 +42,8 @@ type Options struct {
 
 // Transfers exports and imports tenants. It is safe for concurrent use.
 type Transfers struct {
-	o Options
+	o       Options
+	carried sync.Map // what complete has tried: comments by group and structure
 }
 
 // New checks the options. The Provisioner's moves are carried by what it returns.
