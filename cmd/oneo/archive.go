@@ -261,7 +261,7 @@ func (o *importOptions) register(f *pflag.FlagSet) {
 	f.StringVar(&o.schema, "schema", "", "`NAME` of the schema; default: made from the tenant's")
 	f.StringVar(&o.group, "group", "", "database `GROUP`; default: main")
 	o.keys.register(f)
-	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations, as far as it keeps to the tenant's schema")
+	f.BoolVar(&o.customDDL, "with-custom-ddl", false, "run the SQL that the archive holds for what is not in the migrations, as far as it keeps to the tenant's schema; of a backup all of it")
 	f.StringVar(&o.erased, "erased", "", "bring the erased tenant with this `ID` back all the same")
 	f.BoolVar(&o.noDomains, "without-domains", false, "leave the archive's domains out")
 	f.Int64Var(&o.maxSize, "max-size", 1<<40, "refuse an archive that comes to more `BYTES` when it is unpacked")
@@ -270,7 +270,7 @@ func (o *importOptions) register(f *pflag.FlagSet) {
 
 func tenantImport(ctx context.Context, e *env, o importOptions) error {
 	as := transfer.ImportOptions{
-		Loading: transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Erased: o.erased, Actor: e.actor()},
+		Loading: transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Known: o.known(), Erased: o.erased, Actor: e.actor()},
 		Group:   o.group, WithoutDomains: o.noDomains,
 	}
 	var err error
@@ -306,6 +306,14 @@ func tenantImport(ctx context.Context, e *env, o importOptions) error {
 	}
 	e.say("imported tenant %s: %s row(s) in %d table(s)", t.Slug, grouped(trailer.Rows()), len(trailer.Tables))
 	return showTenant(ctx, e, a, t, "")
+}
+
+// known is the sum of the statements that a backup's manifest, which is signed, says are in its archive.
+func (o importOptions) known() string {
+	if o.backup == nil {
+		return ""
+	}
+	return o.backup.Custom
 }
 
 // open opens what is to be read, with the keys for it: those of the flags, or the configuration's for a backup.

@@ -144,7 +144,7 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 		keep = a.Config.Backup.UndoKeep
 	}
 	done, trailer, err := a.Transfers.Restore(ctx, t, in, keep, o.force, transfer.Loading{
-		Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Erased: o.erased, Actor: e.actor(), Progress: m.tell})
+		Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Known: o.known(), Erased: o.erased, Actor: e.actor(), Progress: m.tell})
 	m.end()
 	if err != nil {
 		return err
@@ -226,7 +226,7 @@ func restoreParts(ctx context.Context, e *env, a *app.App, t tenant.Tenant, in i
 	if err != nil {
 		return err
 	}
-	how := transfer.Loading{Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Erased: o.erased, Actor: e.actor(), Progress: m.tell}
+	how := transfer.Loading{Identities: identities, MaxBytes: o.maxSize, CustomDDL: o.customDDL, Known: o.known(), Erased: o.erased, Actor: e.actor(), Progress: m.tell}
 	if o.diff {
 		found, err := a.Transfers.Diff(ctx, t, in, o.force, o.parts, how)
 		m.end()

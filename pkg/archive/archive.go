@@ -7,7 +7,10 @@
 package archive
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"time"
 )
 
@@ -87,6 +90,18 @@ type Domain struct {
 type Structure struct {
 	// Custom are the statements that make it out of what the migrations make, in order. They are run before the rows come.
 	Custom []Statement `json:"custom"`
+}
+
+// Sum tells structures apart: the SHA-256 of the statements, in hex. Empty: there is none.
+func (s Structure) Sum() string {
+	if len(s.Custom) == 0 {
+		return ""
+	}
+	h := sha256.New()
+	for _, c := range s.Custom {
+		fmt.Fprintf(h, "%d %s%d %s", len(c.Object), c.Object, len(c.SQL), c.SQL)
+	}
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // Statement makes one object.

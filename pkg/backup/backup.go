@@ -170,7 +170,7 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 		trailer, err := b.o.Transfers.Export(ctx, t, into, transfer.ExportOptions{To: b.o.To, Progress: progress, Begun: func(h archive.Header) {
 			m.Made, m.Version, m.Postgres, m.Oneo, m.Installation = h.Made, h.Version(), h.Postgres, h.Oneo, h.Installation
 			m.Slug, m.Group = h.Slug, h.Group
-		}})
+		}, Own: func(s archive.Structure) { m.Custom = s.Sum() }})
 		m.Rows, m.Tables = trailer.Rows(), len(trailer.Tables)
 		exportErr = err
 		return err

@@ -606,3 +606,32 @@ func TestProofs(t *testing.T) {
 	require.Equal(t, []any{newer.ID, int64(2), 1500 * time.Millisecond}, []any{p.Backup, p.Rows, p.Duration})
 	require.WithinDuration(t, newer.Made, p.Made, time.Millisecond)
 }
+
+// What a tenant has of its own comes back from its backup whatever it is, since the manifest, which nobody else can write, says that it was
+// there: also what is not let through from any other archive. It is still asked for.
+func TestOwnStatementsOfABackup(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	one := f.tenant("acme", 3)
+	f.in(one, `create function counted(name text) returns bigint language plpgsql security definer set search_path from current as $$ declare n bigint; begin
+	execute format('select count(*) from %I', name) into n; return n; end $$; grant usage on schema acme to pg_monitor; grant select on notes to pg_monitor`)
+	m := f.back(one)
+	require.NotEmpty(t, m.Custom)
+	ctx := t.Context()
+	_, err := f.Try(ctx, m, postgres.MainGroup, transfer.Loading{Actor: "test"})
+	require.Equal(t, "custom_ddl", fault.Of(err).StableCode(), "%v", err)
+	_, err = f.Try(ctx, m, postgres.MainGroup, transfer.Loading{CustomDDL: true, Actor: "test"})
+	require.NoError(t, err)
+	load := func(as, known string) error {
+		in, err := f.Backups.Open(ctx, m)
+		require.NoError(t, err)
+		defer in.Close()
+		_, _, err = f.transfers.Import(ctx, in, transfer.ImportOptions{Slug: pgtest.Slug(t, as), Loading: transfer.Loading{CustomDDL: true, Known: known, Actor: "test"}})
+		return err
+	}
+	for _, known := range []string{"", archive.Structure{Custom: []archive.Statement{{SQL: "other"}}}.Sum()} {
+		require.Equal(t, "custom_ddl_refused", fault.Of(load("copy", known)).StableCode())
+	}
+	require.NoError(t, load("copy", m.Custom))
+	f.Invariants(t)
+}

@@ -45,6 +45,9 @@ type Manifest struct {
 	Rows         int64     `json:"rows"`
 	Keys         []string  `json:"keys"` // ids of those that open it; none: it is not encrypted
 	Oneo         string    `json:"oneo"`
+	// Custom is the sum of the statements that the archive holds for what the tenant has beyond its migrations; empty: there is none, or it was
+	// made by an older oneo.
+	Custom string `json:"custom_sha256,omitempty"`
 	// Kept keeps Prune away from it; Reason says why it was made, or is kept.
 	Kept   bool   `json:"kept"`
 	Reason string `json:"reason,omitempty"`

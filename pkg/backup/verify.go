@@ -69,6 +69,7 @@ func (b *Backups) Try(ctx context.Context, m Manifest, group string, o transfer.
 		return archive.Trailer{}, err
 	}
 	defer in.Close()
+	o.Known = m.Custom
 	trailer, err := b.o.Transfers.Try(ctx, group, &until{ctx, in}, o)
 	if err == nil {
 		err = m.comesTo(trailer)

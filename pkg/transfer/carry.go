@@ -165,7 +165,7 @@ func (x *Transfers) verify(ctx context.Context, t tenant.Tenant, group string, s
 	there.Group = group
 	have := &summed{form: &discarded{as: sent}}
 	err := x.o.DB.OwnerSession(ctx, group, func(ses *postgres.Session) error {
-		_, err := x.export(ctx, ses, there, archive.Registry{}, have, ExportOptions{volatile: true, Progress: tell})
+		_, err := x.export(ctx, ses, there, archive.Registry{}, have, ExportOptions{volatile: true, again: true, Progress: tell})
 		return err
 	})
 	if err != nil {

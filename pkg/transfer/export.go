@@ -30,8 +30,10 @@ type ExportOptions struct {
 	To []archive.Recipient
 	// Empty leaves all rows out: what is made of it begins as the migrations make it.
 	Empty bool
-	// Begun is told what the archive says of itself, before its rows are read; may be nil.
+	// Begun is told what the archive says of itself, before its rows are read; may be nil. So is Own, of what the tenant has beyond its
+	// migrations.
 	Begun func(archive.Header)
+	Own   func(archive.Structure)
 	// Progress is told how far it is, now and then; may be nil.
 	Progress func(Progress)
 
@@ -39,6 +41,8 @@ type ExportOptions struct {
 	masks *Masking
 	// volatile writes the rows of volatile tables as well: the archive does not leave this installation.
 	volatile bool
+	// again only sums up what has been exported.
+	again bool
 }
 
 // Progress is how far an export or a load has come.
@@ -139,7 +143,7 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		if err != nil {
 			return err
 		}
-		if o.Format == Archive || o.Format == "" {
+		if !o.again && (o.Format == Archive || o.Format == "") {
 			if err := x.complete(ctx, ses, t.Group, &from); err != nil {
 				return err
 			}
@@ -147,6 +151,9 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 		from.header.Installation, from.header.Empty, from.known = inst.ID, o.Empty, known
 		if o.Begun != nil {
 			o.Begun(from.header)
+		}
+		if o.Own != nil {
+			o.Own(from.own)
 		}
 		tables, err := tablesOf(ctx, ses, at.Name)
 		if err != nil {
