@@ -250,7 +250,7 @@ func TestLockComesBeforeTheSnapshot(t *testing.T) {
 	p := f.with(`create table notes (id integer primary key)`)
 	one := f.tenant(p, "acme")
 	ctx := t.Context()
-	_, err := f.admin.Exec(ctx, `select pg_advisory_lock($1, $2)`, int32(postgres.OperationLock), one.Number)
+	_, err := f.admin.Exec(ctx, `select pg_advisory_lock($1, $2)`, postgres.OperationLock, one.Number)
 	require.NoError(t, err)
 	type answer struct {
 		trailer archive.Trailer
@@ -266,7 +266,7 @@ func TestLockComesBeforeTheSnapshot(t *testing.T) {
 		return f.count(`select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and query like '%pg_try_advisory_lock%'`) > 0
 	}, time.Minute, 5*time.Millisecond)
 	f.in(one, `insert into notes values (1)`)
-	_, err = f.admin.Exec(ctx, `select pg_advisory_unlock($1, $2)`, int32(postgres.OperationLock), one.Number)
+	_, err = f.admin.Exec(ctx, `select pg_advisory_unlock($1, $2)`, postgres.OperationLock, one.Number)
 	require.NoError(t, err)
 	got := <-done
 	require.NoError(t, got.err)
