@@ -160,6 +160,9 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 	defer func() {
 		if err != nil && into != nil {
 			b.unmake(ctx, *m)
+			if gone := b.notErased(ctx, t); fault.Is(gone, fault.Gone) { // which has taken away what was being written
+				err = gone
+			}
 		}
 	}()
 	err = b.o.Store.Put(ctx, m.Name, func(w io.Writer) error {

@@ -2,11 +2,13 @@ package backup_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -58,10 +60,10 @@ func TestEraseBesideABackup(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
 	plain := f.o.Store
-	for slug, suffix := range map[string]string{"acme": ".oneo", "beta": ".json"} {
-		one := f.tenant(slug, 3)
+	for n, suffix := range []string{".oneo", ".json", ".oneo", ".json"} {
+		one := f.tenant(fmt.Sprintf("acme%d", n), 3)
 		f.back(one)
-		s := &interrupted{Store: plain, suffix: suffix}
+		s := &interrupted{Store: plain, suffix: suffix, lasting: n < 2}
 		s.do = func() {
 			e, err := f.provision.Erase(t.Context(), one.Slug, provision.EraseRequest{Actor: "test"})
 			require.NoError(t, err)
@@ -77,12 +79,21 @@ func TestEraseBesideABackup(t *testing.T) {
 	f.Invariants(t)
 }
 
-// interrupted does something just before an object of this suffix is there.
+// interrupted does something just before an object of this suffix is there. With lasting, what is being written comes to be there
+// whatever is swept, as in a store at a distance.
 type interrupted struct {
 	store.Store
-	suffix string
-	do     func()
-	did    bool
+	suffix  string
+	lasting bool
+	do      func()
+	did     bool
+}
+
+func (s *interrupted) Sweep(ctx context.Context, prefix string, age time.Duration) error {
+	if s.lasting {
+		return nil
+	}
+	return s.Store.Sweep(ctx, prefix, age)
 }
 
 func (s *interrupted) Put(ctx context.Context, name string, write func(io.Writer) error) error {
