@@ -73,7 +73,7 @@ func TestSharedWorkIsUnboundAndLimited(t *testing.T) {
 		var got string
 		require.NoError(t, env.DB.InShared(ctx, a, func(tx *postgres.Tx) error { return tx.QueryRow(ctx, bindingState).Scan(&got) }))
 		readOnly := map[bool]string{true: "off", false: "on"}[a == postgres.Write]
-		require.Equal(t, `""|oneo_app|`+readOnly+`|1min|1s|30s`, got)
+		require.Equal(t, `""|oneo_app|`+readOnly+`|1min|1s|2min`, got)
 	}
 	err := env.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error { _, err := tx.Exec(ctx, `select 1 from users`); return err })
 	requireState(t, err, "42P01", "a statement that forgot its tenant")

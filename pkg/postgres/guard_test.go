@@ -128,7 +128,7 @@ current_setting('oneo.left', true), current_setting('work_mem'), current_setting
 		}
 	}
 	require.NoError(t, env.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error { return tx.QueryRow(ctx, bindingState).Scan(&got) }))
-	require.Equal(t, `""|oneo_app|on|1min|1s|30s`, got)
+	require.Equal(t, `""|oneo_app|on|1min|1s|2min`, got)
 	env.Invariants(t)
 }
 
@@ -161,8 +161,8 @@ func TestNothingSurvivesTheBorrower(t *testing.T) {
 			for range 3 {
 				for _, access := range []postgres.Access{postgres.Single, postgres.Write} {
 					_ = try(t.Context(), env.DB, a, access, `select ext.nasty()`)
-					require.Equal(t, "initech, ext, pg_temp|"+inst.TenantRole(c.Number)+"|on|1min|1s|30s|initech", value[string](t, env.DB, c, postgres.Single, bindingState))
-					require.Equal(t, "initech, ext, pg_temp|"+inst.TenantRole(c.Number)+"|off|1min|1s|30s|initech", value[string](t, env.DB, c, postgres.Write, bindingState))
+					require.Equal(t, "initech, ext, pg_temp|"+inst.TenantRole(c.Number)+"|on|1min|1s|2min|initech", value[string](t, env.DB, c, postgres.Single, bindingState))
+					require.Equal(t, "initech, ext, pg_temp|"+inst.TenantRole(c.Number)+"|off|1min|1s|2min|initech", value[string](t, env.DB, c, postgres.Write, bindingState))
 				}
 			}
 			require.Equal(t, pid, value[int](t, env.DB, c, postgres.Single, `select pg_backend_pid()`), "it must have been one connection all the time")
