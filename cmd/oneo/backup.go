@@ -14,13 +14,12 @@ import (
 	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/fleet"
-	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
-const kindBackup = rollout.Prefix + "backup"
+const kindBackup = app.KindBackup
 
 func newBackupCmd(e *env) *cobra.Command {
 	return noun("backup", "Keep backups of tenants, and prove them",
@@ -30,7 +29,7 @@ listed, checked or pruned but a lock. `+"`oneo restore`"+` takes a backup's id.
 
 BACKUP is the id of a backup, or the beginning of it.`,
 		"  oneo backup create --all-tenants\n  oneo backup list -t acme\n  oneo backup drill --all-tenants\n  oneo backup prune --keep-daily 7 --keep-weekly 5",
-		newBackupCreateCmd(e), newBackupListCmd(e), newBackupShowCmd(e), newBackupVerifyCmd(e), newBackupDrillCmd(e), newBackupKeepCmd(e), newBackupPruneCmd(e))
+		newBackupCreateCmd(e), newBackupListCmd(e), newBackupShowCmd(e), newBackupVerifyCmd(e), newBackupDrillCmd(e), newBackupKeepCmd(e), newBackupPruneCmd(e), newBackupScheduleCmd(e))
 }
 
 // backups opens the store of backups.
@@ -74,9 +73,7 @@ Backups are encrypted to backup.recipients. The programs of backup.hooks are run
 
 // backupRequest is what a process that goes on with the run must know.
 type backupRequest struct {
-	Reason  string        `json:"reason,omitempty"`
-	Keep    bool          `json:"keep,omitempty"`
-	Timeout time.Duration `json:"timeout_ns,omitempty"`
+	app.BackupRequest
 	selected
 }
 
@@ -105,7 +102,7 @@ func backupCreate(ctx context.Context, e *env, o backupCreateOptions) error {
 	if err := endOldBackups(ctx, e, a); err != nil {
 		return err
 	}
-	spec.Request = backupRequest{Reason: o.reason, Keep: o.keep, Timeout: o.timeout, selected: o.selector.request()}
+	spec.Request = backupRequest{app.BackupRequest{Reason: o.reason, Keep: o.keep, Timeout: o.timeout}, o.selector.request()}
 	spec.Items = itemsOf(ts)
 	return planAndWork(ctx, e, a, spec, o.workOptions, nil)
 }
@@ -128,66 +125,36 @@ func endOldBackups(ctx context.Context, e *env, a *app.App) error {
 	return nil
 }
 
-// backedUp is what a task of a run keeps.
-type backedUp struct {
-	Backup  string         `json:"backup,omitempty"`
-	Rows    int64          `json:"rows"`
-	Bytes   int64          `json:"size_bytes"`
-	Warning string         `json:"warning,omitempty"`
-	Reason  *reportedError `json:"reason,omitempty"` // why it was left out
-}
-
 // backupRun is one process's work on a run of backups.
 type backupRun struct {
-	backupRequest
-	e         *env
-	a         *app.App
-	b         *backup.Backups
-	interrupt context.Context // ends when this process is to stop
+	e *env
+	a *app.App
+	b *backup.Backups
 }
 
 func backupWork(e *env, a *app.App, request json.RawMessage) (runWork, error) {
 	r := &backupRun{e: e, a: a}
-	if err := json.Unmarshal(request, &r.backupRequest); err != nil {
+	var req app.BackupRequest
+	if err := json.Unmarshal(request, &req); err != nil {
 		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
 	}
 	var err error
 	if r.b, err = a.Backups(); err != nil {
 		return runWork{}, err
 	}
-	begin := func(ctx context.Context) { r.interrupt = ctx }
-	return runWork{do: r.do, begin: begin, done: r.done, timeout: r.Timeout, brokenOff: true}, nil
-}
-
-func (r *backupRun) do(ctx context.Context, task rollout.Task) rollout.Outcome {
-	var t tenant.Tenant
-	err := r.a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
-		t, err = registry.ByNumber(ctx, tx, task.Number)
-		return err
-	})
-	if err != nil {
-		return rollout.Outcome{Err: err}
+	w := runWork{done: r.done, timeout: req.Timeout, brokenOff: true}
+	var interrupt context.Context
+	w.begin = func(ctx context.Context) { interrupt = ctx }
+	w.do = func(ctx context.Context, task rollout.Task) rollout.Outcome {
+		return a.BackUp(ctx, interrupt, r.b, req, task)
 	}
-	if t.State == tenant.Purged {
-		return rollout.Outcome{Status: fleet.Skipped, Result: backedUp{Reason: &reportedError{Code: "tenant_purged", Message: "it was purged since"}}}
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(r.interrupt, cancel)() // half an archive is worth nothing
-	made, err := r.b.Create(ctx, t, backup.CreateOptions{Run: task.Run, Reason: r.Reason, Kept: r.Keep})
-	if err != nil {
-		if r.interrupt.Err() != nil {
-			return rollout.Outcome{Undone: true}
-		}
-		return rollout.Outcome{Err: err, Result: backedUp{Warning: made.Warning}}
-	}
-	return rollout.Outcome{From: made.Version, To: made.Version, Result: backedUp{Backup: made.ID, Rows: made.Rows, Bytes: made.Bytes, Warning: made.Warning}}
+	return w, nil
 }
 
 // backedRow is one tenant's line of a report.
 type backedRow struct {
 	tenant, status string
-	backedUp
+	app.BackedUp
 	duration time.Duration
 	err      any
 }
@@ -210,7 +177,7 @@ func (r *backupRun) done(ctx context.Context, run rollout.Run, say func(string, 
 	err := r.a.Rollout.Tasks(ctx, run.ID, func(t rollout.Reported) error {
 		row := backedRow{tenant: t.Slug, status: t.State, duration: t.Duration}
 		if len(t.Result) > 0 {
-			if err := json.Unmarshal(t.Result, &row.backedUp); err != nil {
+			if err := json.Unmarshal(t.Result, &row.BackedUp); err != nil {
 				return fmt.Errorf("read what became of %s: %w", t.Slug, err)
 			}
 		}
@@ -218,7 +185,7 @@ func (r *backupRun) done(ctx context.Context, run rollout.Run, say func(string, 
 		case t.Error != nil:
 			row.err = reportedError(*t.Error)
 		case row.Reason != nil:
-			row.err = *row.Reason
+			row.err = reportedError(*row.Reason)
 		}
 		if row.Warning != "" {
 			say("%s: %s", t.Slug, row.Warning)

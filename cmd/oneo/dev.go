@@ -284,7 +284,7 @@ func writeEnv(dir string, set map[string]string) error {
 
 // devFill migrates, seeds, and makes the accounts and keys that the welcome shows.
 func devFill(ctx context.Context, e *env, a *app.App, state *devState, o devOptions) error {
-	if _, err := a.Migrate.Shared(ctx); err != nil {
+	if _, err := a.MigrateShared(ctx); err != nil {
 		return err
 	}
 	if err := devMigrate(ctx, e, a); err != nil {

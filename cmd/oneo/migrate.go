@@ -212,7 +212,7 @@ func runMigrate(ctx context.Context, e *env, o migrateOptions) error {
 			return show(e, []planned{}, plannedColumns)
 		}
 	default:
-		res, err := a.Migrate.Shared(ctx)
+		res, err := a.MigrateShared(ctx)
 		if err != nil {
 			return err
 		}

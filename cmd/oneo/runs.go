@@ -177,13 +177,10 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	}
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
-	m := a.Config.Migrate
-	bounds := rollout.Bounds{LockWaits: m.MaxLockWaits, ReplicaLag: m.MaxReplicaLag, Connections: m.MaxConnections}
-	bounds.Others = m.LiveShare > 0 && o.yields() && !w.live && !w.noOwner // who reads, or runs programs, does not
-	brake := a.Rollout.Brake(looking, a.DB.Groups(), bounds)
+	brake := a.Brake(looking, o.yields() && !w.live && !w.noOwner) // who reads, or runs programs, does not
 	start := time.Now()
 	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
-		Jobs: jobs, Patience: m.Patience, Timeout: w.timeout, Hold: brake.Hold, Yields: brake.Yields, Share: m.LiveShare, Told: told,
+		Jobs: jobs, Patience: a.Config.Migrate.Patience, Timeout: w.timeout, Hold: brake.Hold, Yields: brake.Yields, Share: a.Config.Migrate.LiveShare, Told: told,
 	}, w.do)
 	if w.left != nil {
 		w.left(context.WithoutCancel(ctx))

@@ -21,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/schedule"
 	"github.com/oneo-crm/oneo/pkg/server"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -40,7 +41,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 			WithHint("set ONEO_SERVER_SECRET to the one that `oneo init` was run with; all instances share it")
 	}
 	if o.AutoMigrate {
-		_, err := a.Migrate.Shared(ctx)
+		_, err := a.MigrateShared(ctx)
 		if err != nil && fault.Of(err).Code == "newer_database" {
 			err = a.Migrate.SharedBehind(ctx) // a newer oneo was here; it may have left this one room
 		}
@@ -53,6 +54,17 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	owner, err := a.DB.HasOwner(ctx, postgres.MainGroup)
 	if err != nil {
 		return err
+	}
+	var schedules *schedule.Scheduler
+	if owner {
+		if schedules, err = a.Scheduler(); err != nil {
+			return err
+		}
+	}
+	if schedules != nil {
+		if err := schedule.Behind(ctx, a.DB); err != nil {
+			return err
+		}
 	}
 	so, err := a.serverOptions(o)
 	if err != nil {
@@ -93,6 +105,13 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		})
 		running.Go(func() { a.expireUndoPoints(beside) })
 		running.Go(func() { a.expireRuns(beside) })
+		if schedules != nil {
+			running.Go(func() {
+				if err := schedules.Run(ctx); err != nil { // ctx: what is in hand has the time that requests have
+					a.Log.Error("scheduled backups", "error", err)
+				}
+			})
+		}
 	} else {
 		a.Log.Info("this instance cannot provision: database.owner_url is not set")
 	}

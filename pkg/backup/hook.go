@@ -30,23 +30,28 @@ const hookWait = 5 * time.Second
 // keptBack are names of the environment, or how they begin, that a program does not see: what configures oneo and its store.
 var keptBack = []string{"ONEO_", "DATABASE_URL=", "REDIS_URL=", "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SESSION_TOKEN="}
 
-// hook runs a program to its end, in a process group of its own that ends with ctx, or when HookTimeout is over. Its words
-// are told only when it fails.
 func (b *Backups) hook(ctx context.Context, name string, program []string, ev hookEvent) error {
+	ev.Store = b.o.Store.String()
+	return Tell(ctx, name, program, b.o.Environ, b.o.HookTimeout, ev)
+}
+
+// Tell runs a program with its arguments to its end, in a process group of its own that ends with ctx, or when the timeout is
+// over, and gives it what as JSON on standard input; no program: it does nothing. What configures oneo is taken out of environ,
+// and ONEO_HOOK is name. The program's words are told only when it fails.
+func Tell(ctx context.Context, name string, program, environ []string, timeout time.Duration, what any) error {
 	if len(program) == 0 {
 		return nil
 	}
-	ev.Store = b.o.Store.String()
-	in, err := json.Marshal(ev)
+	in, err := json.Marshal(what)
 	if err != nil {
 		return fmt.Errorf("write for the program: %w", err)
 	}
-	tctx, cancel := context.WithTimeout(ctx, b.o.HookTimeout)
+	tctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	cmd := exec.CommandContext(tctx, program[0], program[1:]...)
 	said := &tail{}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(append(in, '\n')), said, said
-	for _, kv := range b.o.Environ {
+	for _, kv := range environ {
 		if !slices.ContainsFunc(keptBack, func(name string) bool { return strings.HasPrefix(kv, name) }) {
 			cmd.Env = append(cmd.Env, kv)
 		}
@@ -63,7 +68,7 @@ func (b *Backups) hook(ctx context.Context, name string, program []string, ev ho
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case tctx.Err() != nil:
-		return fmt.Errorf("%s: was ended, as it was not done after %s", program[0], b.o.HookTimeout)
+		return fmt.Errorf("%s: was ended, as it was not done after %s", program[0], timeout)
 	case errors.As(err, &exit) && said.String() != "":
 		return fmt.Errorf("%s: %w: %s", program[0], err, said)
 	}

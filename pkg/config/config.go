@@ -153,6 +153,8 @@ type Backup struct {
 	IdentityFile string        `mapstructure:"identity_file"`
 	KeepMin      int           `mapstructure:"keep_min"`
 	Hooks        Hooks         `mapstructure:"hooks"`
+	Schedules    []Schedule    `mapstructure:"schedules"`
+	Alarm        []string      `mapstructure:"alarm"`
 	UndoKeep     time.Duration `mapstructure:"undo_keep"`
 }
 
@@ -192,7 +194,7 @@ func Default() Config {
 		Migrate: Migrate{Patience: 2 * time.Minute, StaleAfter: 10 * time.Second, LiveShare: 25, MaxLockWaits: 20, MaxReplicaLag: 10 * time.Second, MaxConnections: 90, UndoKeep: 72 * time.Hour},
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
-		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, UndoKeep: 7 * 24 * time.Hour},
+		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -383,6 +385,7 @@ func (c Config) Validate() error {
 	between("backup.keep_min", c.Backup.KeepMin, 1, 1000)
 	positive("backup.hooks.timeout", c.Backup.Hooks.Timeout)
 	between("migrate.live_share", c.Migrate.LiveShare, 0, 100)
+	c.checkSchedules(bad)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
 	between("migrate.max_connections", c.Migrate.MaxConnections, 0, 100)
 	if c.Migrate.MaxReplicaLag < 0 {

@@ -132,7 +132,7 @@ func Load(o LoadOptions) (Config, Origins, error) {
 		origins[key] = "flag"
 	}
 	var c Config
-	hooks := mapstructure.ComposeDecodeHookFunc(sizeHook, durationHook, mapstructure.StringToSliceHookFunc(","))
+	hooks := mapstructure.ComposeDecodeHookFunc(sizeHook, durationHook, schedulesHook, mapstructure.StringToSliceHookFunc(","))
 	if err := v.UnmarshalExact(&c, viper.DecodeHook(hooks)); err != nil {
 		return Config{}, nil, fault.New(fault.Invalid, "the configuration cannot be read: %s", decodeMessage(err)).WithCode("setting")
 	}
@@ -338,6 +338,12 @@ func (c Config) Settings(origins Origins) []Setting {
 			}
 		case []string:
 			s.Value = strings.Join(v, ",")
+		case []Schedule:
+			names := make([]string, len(v))
+			for i := range v {
+				names[i] = v[i].String()
+			}
+			s.Value = strings.Join(names, ", ")
 		default:
 			s.Value = fmt.Sprint(v)
 		}

@@ -41,6 +41,7 @@ var All = []string{
 	"undo.before", "undo.built", "undo.kept", "undo.filled", "undo.placed", "undo.after",
 	"export.begun", "export.table", "load.begun", "load.table", "load.checked", "merge.table",
 	"backup.begun", "backup.stored", "backup.recorded",
+	"schedule.taking", "schedule.taken", "schedule.ending",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }

@@ -130,6 +130,20 @@ func (g *group) ownerPool() (*pgxpool.Pool, error) {
 	return g.open(&g.owner, g.urls.OwnerURL, g.opts.OwnerConns)
 }
 
+// OwnerPool makes a pool of at most so many connections of the owner's to a group's database, past any pooler, for a library
+// that brings its own statements. Nothing binds or ends them; their search path is empty. Whoever asks for it closes it.
+func (db *DB) OwnerPool(groupName string, conns int) (*pgxpool.Pool, error) {
+	g, err := db.group(groupName)
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := g.config(g.urls.DirectURL, conns)
+	if err != nil {
+		return nil, err
+	}
+	return pgxpool.NewWithConfig(context.Background(), cfg)
+}
+
 // outsideTx runs a statement in one message exchange: outside of a transaction a pooler may give the second one to
 // another server connection.
 const outsideTx = pgx.QueryExecModeExec
