@@ -43,8 +43,9 @@ func (e *env) backups() (*app.App, *backup.Backups, error) {
 }
 
 type backupCreateOptions struct {
-	reason string
-	keep   bool
+	database bool
+	reason   string
+	keep     bool
 	askOptions
 }
 
@@ -59,13 +60,19 @@ at work is tried again later. A backup is there whole or not at all.
 The run is durable: the same command goes on with it when it was interrupted or killed, and no tenant is
 backed up twice. One that was begun more than ` + backupJoin.String() + ` ago is not gone on with: a new one takes its place.
 
+With --database the shared tables and all tenants of every group, or of --group, become one full backup: each group
+as it was at one moment, groups not consistent with each other. Migrations, drops, moves and the like of a tenant
+wait until it is copied, or are refused. A full backup that was interrupted or killed is none, holds nothing back, and
+is begun anew. A tenant that cannot be exported is left out and told: exit code 3. ` + "`oneo restore --database`" + ` restores it.
+
 Backups are encrypted to backup.recipients. The programs of backup.hooks are run around each backup.`,
-		Example: "  oneo backup create -t acme --reason 'before the import' --keep\n  oneo backup create --all-tenants --jobs 4",
+		Example: "  oneo backup create -t acme --reason 'before the import' --keep\n  oneo backup create --all-tenants --jobs 4\n  oneo backup create --database",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return backupCreate(cmd.Context(), e, o) },
 	}
 	o.bind(cmd, e, "show which tenants would be backed up, and do nothing")
 	f := cmd.Flags()
+	f.BoolVar(&o.database, "database", false, "one full backup: the shared tables and all tenants")
 	f.StringVar(&o.reason, "reason", "", "`WHY`, for who lists backups")
 	f.BoolVar(&o.keep, "keep", false, "keep `oneo backup prune` away from them")
 	return cmd
@@ -82,6 +89,9 @@ type backupRequest struct {
 const backupJoin = 6 * time.Hour
 
 func backupCreate(ctx context.Context, e *env, o backupCreateOptions) error {
+	if o.database {
+		return backupFull(ctx, e, o)
+	}
 	spec, err := o.spec(rollout.Spec{Kind: kindBackup, Actor: e.actor(), Join: true})
 	if err != nil {
 		return err
@@ -235,14 +245,24 @@ var manifestDetails = append(manifestColumns[:len(manifestColumns):len(manifestC
 
 func newBackupListCmd(e *env) *cobra.Command {
 	var name string
+	var database bool
 	cmd := &cobra.Command{
 		Use: "list", Short: "List what backups there are",
 		Long: `List the backups in the store, the oldest first. No database is needed, but to find out that a tenant has
 been renamed. What lies there and cannot be believed - a manifest that this installation has not signed, or
 that is another backup's - is told and not listed.`,
-		Example: "  oneo backup list\n  oneo backup list -t acme -o json", Args: usageArgs(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return backupList(cmd.Context(), e, name) },
+		Example: "  oneo backup list\n  oneo backup list -t acme -o json\n  oneo backup list --database", Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case database && name != "":
+				return errUsage{fault.New(fault.Invalid, "--database and --tenant exclude each other").WithCode("two_selectors")}
+			case database:
+				return backupListFull(cmd.Context(), e)
+			}
+			return backupList(cmd.Context(), e, name)
+		},
 	}
+	cmd.Flags().BoolVar(&database, "database", false, "full backups instead")
 	cmd.Flags().StringVarP(&name, "tenant", "t", "", "only backups of the tenant of this `NAME`, also from before it had it")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	return cmd
@@ -310,7 +330,11 @@ func newBackupShowCmd(e *env) *cobra.Command {
 			}
 			m, err := b.Find(cmd.Context(), args[0])
 			if err != nil {
-				return err
+				f, full, err := findFull(cmd.Context(), b, args[0], err)
+				if !full {
+					return err
+				}
+				return showOne(e, f, fullDetails)
 			}
 			return showOne(e, m, manifestDetails)
 		},
@@ -331,7 +355,11 @@ func newBackupKeepCmd(e *env) *cobra.Command {
 			}
 			m, err := b.Keep(cmd.Context(), args[0], !remove, reason)
 			if err != nil {
-				return err
+				f, full, err := findFull(cmd.Context(), b, args[0], err)
+				if !full {
+					return err
+				}
+				return keepFull(cmd.Context(), e, b, f.ID, remove, reason)
 			}
 			if remove {
 				e.say("the backup %s of %s may be pruned", m.ID, m.Slug)
@@ -347,10 +375,11 @@ func newBackupKeepCmd(e *env) *cobra.Command {
 }
 
 type backupPruneOptions struct {
-	policy backup.Policy
-	within string
-	name   string
-	dryRun bool
+	policy   backup.Policy
+	within   string
+	name     string
+	database bool
+	dryRun   bool
 }
 
 func newBackupPruneCmd(e *env) *cobra.Command {
@@ -378,6 +407,7 @@ what ` + "`oneo backup keep`" + ` keeps. A manifest that cannot be believed and 
 	f.StringVar(&o.within, "keep-within", "", "keep what is at most so much older than the newest: years, months, days and hours, as in `1y6m14d12h`")
 	f.StringVarP(&o.name, "tenant", "t", "", "only backups of the tenant of this `NAME`; default: all that there are")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
+	f.BoolVar(&o.database, "database", false, "full backups instead, those of the same groups by the same rules, each as a whole")
 	f.BoolVar(&o.dryRun, "dry-run", false, "show what would go and why the others stay, and do nothing")
 	return cmd
 }
@@ -404,6 +434,12 @@ func backupPrune(ctx context.Context, e *env, o backupPruneOptions) error {
 	}
 	if p.IsZero() {
 		return errUsage{fault.New(fault.Invalid, "no rule says what is kept").WithCode("no_policy").WithHint("add for example --keep-daily 7 --keep-weekly 5")}
+	}
+	switch {
+	case o.database && o.name != "":
+		return errUsage{fault.New(fault.Invalid, "--database and --tenant exclude each other").WithCode("two_selectors")}
+	case o.database:
+		return backupPruneFull(ctx, e, p, o.dryRun)
 	}
 	a, b, err := e.backups()
 	if err != nil {

@@ -140,7 +140,11 @@ func backupVerify(ctx context.Context, e *env, o backupVerifyOptions) error {
 	case o.id != "":
 		m, err := b.Find(ctx, o.id)
 		if err != nil {
-			return err
+			f, full, err := findFull(ctx, b, o.id, err)
+			if !full {
+				return err
+			}
+			return verifyFull(ctx, e, b, f, o, ids)
 		}
 		c.Backups = []backup.Manifest{m}
 	case o.all:

@@ -22,11 +22,13 @@ import (
 
 type restoreOptions struct {
 	importOptions
-	slug  string
-	force bool
-	keep  time.Duration
-	diff  bool
-	parts transfer.Parts
+	slug     string
+	force    bool
+	keep     time.Duration
+	diff     bool
+	parts    transfer.Parts
+	database bool
+	jobs     int
 }
 
 func newRestoreCmd(e *env) *cobra.Command {
@@ -47,9 +49,14 @@ that was purged since is made anew, under its own name if that is free. FILE may
 put the rows of those tables, or of that pipeline of the CRM, back among the ones that are there, by their primary
 keys. Missing rows come in; with --overwrite those that have changed are put back too. Nothing is deleted, foreign keys
 and triggers hold, all is one transaction, and nothing keeps what was overwritten: this cannot be undone. It is shown
-first, and asked for.`,
+first, and asked for.
+
+With --database BACKUP is a full backup, and goes into an installation that is empty: after ` + "`oneo init`" + `, with the
+same server.secret. The shared tables come first, then tenant by tenant, each with its number, name, domains, state
+and settings; none is served before all of it is there. The same command goes on with a restore that was interrupted
+or killed. Sessions do not come back: users log in again.`,
 		Example: "  oneo restore 3f2a9c41\n  oneo restore latest -t acme --diff\n  oneo restore latest -t acme\n  oneo restore 3f2a9c41 --as acme-yesterday\n  oneo restore acme-20261125T180000Z.oneo -t acme\n" +
-			"  oneo restore latest -t acme --table users --table api_keys\n  oneo restore latest -t acme --pipeline deals --overwrite",
+			"  oneo restore latest -t acme --table users --table api_keys\n  oneo restore latest -t acme --pipeline deals --overwrite\n  oneo restore --database 7c1d90ab",
 		Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.file = args[0]
@@ -65,6 +72,8 @@ first, and asked for.`,
 	f.StringArrayVar(&o.parts.Tables, "table", nil, "only put rows of the table `NAME` back; repeatable")
 	f.StringVar(&o.parts.Pipeline, "pipeline", "", "only put records of the pipeline `KEY` back")
 	f.BoolVar(&o.parts.Overwrite, "overwrite", false, "with --table or --pipeline: rows that have changed too")
+	f.BoolVar(&o.database, "database", false, "restore a full backup into an empty installation; --group: only that group's tenants now")
+	f.IntVar(&o.jobs, "jobs", 2, "with --database: tenants at one time")
 	o.importOptions.register(f)
 	return cmd
 }
@@ -83,6 +92,9 @@ var restoredColumns = []column[restoredRow]{
 }
 
 func restore(ctx context.Context, e *env, o restoreOptions) error {
+	if o.database {
+		return restoreFull(ctx, e, o)
+	}
 	if o.slug != "" && o.as != "" && o.file != latestBackup {
 		return errUsage{fault.New(fault.Invalid, "--tenant and --as exclude each other")}
 	}

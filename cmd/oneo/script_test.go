@@ -95,6 +95,15 @@ func TestScripts(t *testing.T) {
 				}
 				ts.Setenv(args[0], value)
 			},
+			// elsewhere goes on with another migrated database, as empty as the first one was.
+			"elsewhere": func(ts *testscript.TestScript, neg bool, args []string) {
+				if neg || len(args) != 0 {
+					ts.Fatalf("usage: elsewhere")
+				}
+				env := pgtest.New(t)
+				ts.Setenv("ONEO_DATABASE_URL", env.Group.URL)
+				ts.Setenv("ONEO_DATABASE_OWNER_URL", env.Group.OwnerURL)
+			},
 			// sql TEXT, or sql @FILE: runs statements as the owner, past oneo.
 			"sql": func(ts *testscript.TestScript, neg bool, args []string) {
 				if neg || len(args) != 1 {

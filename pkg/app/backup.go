@@ -54,3 +54,11 @@ func (x archives) EraseArchives(ctx context.Context, tenantID string) (int, erro
 	}
 	return b.EraseArchives(ctx, tenantID)
 }
+
+func (x archives) MarkErased(ctx context.Context, tenantID, slug string) error {
+	b, err := x.a.Backups()
+	if err != nil {
+		return err
+	}
+	return b.MarkErased(ctx, tenantID, slug)
+}

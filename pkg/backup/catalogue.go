@@ -199,7 +199,7 @@ func (b *Backups) Newest(ctx context.Context, tenantID string) (m Manifest, err 
 func (b *Backups) Open(ctx context.Context, m Manifest) (io.ReadCloser, error) {
 	in, err := b.o.Store.Get(ctx, m.Name)
 	if fault.Is(err, fault.NotFound) {
-		if _, err := b.read(ctx, m.manifestName()); fault.Is(err, fault.NotFound) {
+		if err := b.manifestOf(ctx, m); fault.Is(err, fault.NotFound) {
 			return nil, fault.New(fault.NotFound, "the backup %s was taken away meanwhile", m.ID).WithCode("backup_not_found").WithHint("oneo backup list")
 		}
 		return nil, gone(m)

@@ -3,18 +3,14 @@ package backup
 import (
 	"context"
 	"strings"
-
-	"github.com/google/uuid"
-
-	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
-// EraseArchives destroys every object of the tenant with this id: its backups, those that are kept as well, and what interrupted
-// ones have left, whole or not. It says how many archives there were, and is safe to repeat. Locked: somebody else is at the
-// catalogue.
+// EraseArchives destroys every object of the tenant with this id: its backups, those that are kept as well, its part of full
+// backups, and what interrupted ones have left, whole or not. It says how many archives there were, and is safe to repeat.
+// Locked: somebody else is at the catalogue.
 func (b *Backups) EraseArchives(ctx context.Context, tenantID string) (n int, err error) {
-	if id, err := uuid.Parse(tenantID); err != nil || id.String() != tenantID {
-		return 0, fault.New(fault.Internal, "%q is no tenant's id: its archives were not erased", tenantID) // the beginning of others' names, perhaps
+	if err := checkTenantID(tenantID); err != nil {
+		return 0, err
 	}
 	err = b.alone(ctx, func(func() error) error {
 		objects, err := b.o.Store.List(ctx, tenantID+"/")
@@ -34,6 +30,11 @@ func (b *Backups) EraseArchives(ctx context.Context, tenantID string) (n int, er
 					n++
 				}
 			}
+		}
+		full, err := b.eraseFromFull(ctx, tenantID)
+		n += full
+		if err != nil {
+			return err
 		}
 		return b.o.Store.Sweep(ctx, tenantID+"/", 0)
 	})

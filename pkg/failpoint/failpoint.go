@@ -42,6 +42,8 @@ var All = []string{
 	"export.begun", "export.table", "load.begun", "load.table", "load.checked", "merge.table",
 	"backup.begun", "backup.stored", "backup.recorded",
 	"schedule.taking", "schedule.taken", "schedule.ending",
+	"full.holding", "full.held", "full.shared", "full.tenant", "full.copied",
+	"refill.shared", "refill.built", "refill.finish", "refill.after", "refill.tenant",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }

@@ -169,6 +169,7 @@ type standing struct {
 	rows   int
 	sum    []byte // of the checksums of its ledger rows
 	xid    string
+	heldBy string // a full backup that has not copied the tenant yet, whether the lock was got or not
 }
 
 // span is the versions at which work has to be done; at others it takes no lock.
@@ -182,6 +183,7 @@ var errBusy = errors.New("the operation lock is held")
 func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postgres.OwnerTx, standing) error) (called bool, err error) {
 	deadline := time.Now().Add(w.o.LockWait)
 	for attempt := 0; ; attempt++ {
+		heldBy := ""
 		err := w.m.retryLocks(ctx, w.o.LockTimeout, func() error {
 			called = false
 			bounds := postgres.OwnerOptions{LockTimeout: w.o.LockTimeout, StatementTimeout: w.o.StatementTimeout}
@@ -191,10 +193,11 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 				st := l.standing()
 				w.reached(st.head)
 				w.beside = st.beside
+				heldBy = st.heldBy
 				switch {
 				case st.got == nil:
 					return nil
-				case !*st.got:
+				case !*st.got, heldBy != "": // one that has come since the lock was tried, too
 					return errBusy
 				}
 				if err := w.m.sameApplied(ctx, tx, w.t.Number, st); err != nil {
@@ -212,6 +215,9 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 			return called, err
 		}
 		if time.Now().After(deadline) {
+			if heldBy != "" {
+				return false, postgres.HeldBack(heldBy)
+			}
 			return false, postgres.OperationBusy()
 		}
 		if !rest(ctx, min(5*time.Millisecond<<min(attempt, 6), 250*time.Millisecond)) {
@@ -223,11 +229,12 @@ func (w *work) enter(ctx context.Context, need span, beside bool, fn func(*postg
 const (
 	// The lock is tried first, by a statement of its own: what the next one reads is not older than the lock. "offset 0"
 	// keeps PostgreSQL from reading the ledger once for each time that its head is mentioned.
-	tryLock = `select l.head, l.beside, case when l.head between $2 and $3 or $4 and l.beside then pg_catalog.pg_try_advisory_xact_lock($5::int4, $1::int4) end
+	tryLock = `select l.head, l.beside, case when l.head between $2 and $3 or $4 and l.beside then
+	public.held_by($1) is null and pg_catalog.pg_try_advisory_xact_lock($5::int4, $1::int4) end
 from (select coalesce((select max(version) from public.ledger where set = 'tenant' and tenant = $1), 0) as head,
 	exists (select from public.progress where tenant = $1 and beside) as beside offset 0) l`
 	applied = `select count(*), coalesce(max(l.version), 0), pg_catalog.sha256(coalesce(string_agg(l.checksum, ''::bytea), ''::bytea)),
-	exists (select from public.progress where tenant = $1 and beside), pg_catalog.pg_current_xact_id()::text
+	exists (select from public.progress where tenant = $1 and beside), pg_catalog.pg_current_xact_id()::text, coalesce(public.held_by($1), '')
 from (select version, checksum from public.ledger where set = 'tenant' and tenant = $1 order by version) l`
 )
 
@@ -248,7 +255,7 @@ func (l *look) queue(b *pgx.Batch, number int32) {
 
 // scan reads the answer to applied.
 func (st *standing) scan(row pgx.Row) error {
-	return row.Scan(&st.rows, &st.head, &st.sum, &st.beside, &st.xid)
+	return row.Scan(&st.rows, &st.head, &st.sum, &st.beside, &st.xid, &st.heldBy)
 }
 
 func (l *look) standing() standing {

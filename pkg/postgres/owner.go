@@ -314,16 +314,24 @@ func (tx *OwnerTx) ShareGate(ctx context.Context, number int32) error {
 }
 
 // TryOperationLock takes the tenant's operation lock until the transaction ends, and reports whether it did. It never
-// waits: whoever wants the lock polls.
+// waits: whoever wants the lock polls. Locked: a full backup has come at this moment; the transaction must end.
 func (tx *OwnerTx) TryOperationLock(ctx context.Context, number int32) (bool, error) {
-	var got bool
-	err := tx.conn.Conn().QueryRow(ctx, `select pg_catalog.pg_try_advisory_xact_lock($1::int4, $2::int4)`, OperationLock, number).Scan(&got)
+	got, _, err := tx.tryOperation(ctx, number)
 	return got, err
 }
 
-// LockOperation polls for the tenant's operation lock for as long as wait. The fault is Locked.
+func (tx *OwnerTx) tryOperation(ctx context.Context, number int32) (got bool, by string, err error) {
+	got, by, err = tryOperation(ctx, tx.conn.Conn(), "pg_try_advisory_xact_lock", number)
+	if err == nil && got && by != "" { // which cannot be let go before the transaction ends
+		err = HeldBack(by)
+	}
+	return got, by, err
+}
+
+// LockOperation polls for the tenant's operation lock for as long as wait. The fault is Locked: another operation has it, or a
+// full backup has not copied the tenant yet.
 func (tx *OwnerTx) LockOperation(ctx context.Context, number int32, wait time.Duration) error {
-	return pollOperation(ctx, wait, func() (bool, error) { return tx.TryOperationLock(ctx, number) })
+	return pollOperation(ctx, wait, func() (bool, string, error) { return tx.tryOperation(ctx, number) })
 }
 
 // OperationBusy says that the operation lock of a tenant was not to be had.
@@ -332,16 +340,19 @@ func OperationBusy() error {
 		WithRetry(time.Second).WithHint("wait until it is done, then run the command again")
 }
 
-func pollOperation(ctx context.Context, wait time.Duration, try func() (bool, error)) error {
+func pollOperation(ctx context.Context, wait time.Duration, try func() (got bool, by string, err error)) error {
 	deadline := time.Now().Add(wait)
 	for attempt := 0; ; attempt++ {
-		got, err := try()
+		got, by, err := try()
 		if err != nil || got {
 			return err
 		}
 		if !pause(ctx, deadline, attempt) {
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+			if by != "" {
+				return HeldBack(by)
 			}
 			return OperationBusy()
 		}

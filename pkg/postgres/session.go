@@ -170,9 +170,13 @@ func (s *Session) UnlockOperation(ctx context.Context, number int32) error {
 }
 
 // LockOperation polls for the tenant's operation lock for as long as wait, and keeps it until UnlockOperation or the
-// session's end. The fault is Locked.
+// session's end. The fault is Locked: another operation has it, or a full backup has not copied the tenant yet.
 func (s *Session) LockOperation(ctx context.Context, number int32, wait time.Duration) error {
-	return pollOperation(ctx, wait, func() (got bool, err error) {
-		return got, s.QueryRow(ctx, `select pg_catalog.pg_try_advisory_lock($1::int4, $2::int4)`, OperationLock, number).Scan(&got)
+	return pollOperation(ctx, wait, func() (got bool, by string, err error) {
+		got, by, err = tryOperation(ctx, s.conn, "pg_try_advisory_lock", number)
+		if err == nil && got && by != "" {
+			return false, by, s.UnlockOperation(ctx, number)
+		}
+		return got, by, err
 	})
 }

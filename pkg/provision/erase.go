@@ -24,6 +24,9 @@ type Archives interface {
 	// EraseArchives destroys every archive of the tenant with this id for the outside, and says how many there were. It
 	// is safe to repeat.
 	EraseArchives(ctx context.Context, tenantID string) (n int, err error)
+	// MarkErased notes beside the archives that the tenant is erased: a full backup from before brings it back only where
+	// it is named. It is safe to repeat.
+	MarkErased(ctx context.Context, tenantID, slug string) error
 }
 
 // EraseRequest says how a tenant is erased.
@@ -232,8 +235,15 @@ func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *eras
 		}
 		x.Destroyed.CacheKeys, x.Destroyed.CacheLeft = x.Destroyed.CacheKeys+n, err != nil
 	}
+	var unmarked error
+	if p.o.Archives != nil {
+		unmarked = p.o.Archives.MarkErased(ctx, t.ID, t.Slug.String())
+	}
 	switch {
 	case x.KeepArchives:
+		if unmarked != nil { // the next full backup does it
+			p.o.Logger.WarnContext(ctx, "the store does not know yet that a tenant is erased: a full backup from before would bring it back", "tenant", t.Slug, "error", unmarked)
+		}
 		x.Destroyed.ArchivesLeft = ArchivesKept
 		return nil
 	case p.o.Archives == nil && x.Store:
@@ -243,7 +253,10 @@ func (p *Provisioner) eraseOutside(ctx context.Context, t tenant.Tenant, x *eras
 		x.Destroyed.ArchivesLeft = ArchivesUnknown
 		return nil
 	}
-	n, err := p.o.Archives.EraseArchives(ctx, t.ID)
+	n, err := 0, unmarked
+	if err == nil {
+		n, err = p.o.Archives.EraseArchives(ctx, t.ID)
+	}
 	x.Destroyed.Archives += n
 	if err != nil {
 		f := fault.Of(err)
@@ -259,7 +272,10 @@ func (p *Provisioner) record(ctx context.Context, q postgres.Querier, e Erasure)
 	if err != nil {
 		return err
 	}
-	e.At = time.Now().UTC().Truncate(time.Microsecond)
+	if e.At.IsZero() {
+		e.At = time.Now()
+	}
+	e.At = e.At.UTC().Truncate(time.Microsecond)
 	const insert = `insert into public.erasures (tenant, number, slug, erased_at, actor, destroyed, mac) values ($1, $2, $3, $4, $5, $6, $7)`
 	_, err = q.Exec(ctx, insert, e.Tenant, e.Number, e.Slug, e.At, e.Actor, string(body), p.sign(e, string(body)))
 	return err

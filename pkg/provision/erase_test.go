@@ -62,6 +62,15 @@ type shelf struct {
 	archives    map[string]int
 	away, dying bool
 	asked       int
+	marked      []string
+}
+
+func (s *shelf) MarkErased(_ context.Context, id, slug string) error {
+	if s.away {
+		return fault.New(fault.Unavailable, "the store is away").WithCode("store_away")
+	}
+	s.marked = append(s.marked, id+" "+slug)
+	return nil
 }
 
 func (s *shelf) EraseArchives(_ context.Context, id string) (n int, err error) {

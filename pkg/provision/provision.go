@@ -98,6 +98,8 @@ const (
 	KindRestore = "tenant.restore"
 	KindReturn  = "tenant.return" // undoes a restore
 	KindMove    = "tenant.move"
+	// KindRefill is not begun by its first word like the others: no server takes it up.
+	KindRefill = "database.restore"
 )
 
 // change is one structural change of one tenant. Where one database holds everything, begin, schema and finish run in
@@ -579,6 +581,7 @@ type request struct {
 	Restore           *uuid.UUID      `json:"restore,omitempty"` // that is undone
 	Move              *moving         `json:"move,omitempty"`
 	Erase             *erasing        `json:"erase,omitempty"`
+	Refill            *refilling      `json:"refill,omitempty"`
 	// What a rename replaced, for undoing it.
 	OldSlug   string `json:"old_slug,omitempty"`
 	OldSchema string `json:"old_schema,omitempty"`

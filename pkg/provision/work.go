@@ -146,6 +146,9 @@ func (p *Provisioner) carryOut(ctx context.Context, op registry.Operation) error
 	if op.Kind == KindMove { // which ends itself
 		return p.resumeMove(ctx, op)
 	}
+	if op.Kind == KindRefill { // whose rows lie in a store
+		return refillWaits(op)
+	}
 	c, err := p.changeOf(ctx, op)
 	if err == nil && c == nil {
 		return p.end(ctx, op, nil)

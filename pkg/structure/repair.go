@@ -59,7 +59,7 @@ func (g Group) Repair(t tenant.Tenant) string {
 	schema, owner := postgres.Quote(s.Name), postgres.Quote(g.owner)
 	words := render(s, g.owner)
 	var b strings.Builder
-	const claim = `do $$ begin if not pg_catalog.pg_try_advisory_xact_lock(%d, %d) then raise 'another operation is at work on this tenant'; end if; end $$`
+	const claim = `do $$ begin if not pg_catalog.pg_try_advisory_xact_lock(%d, %d) then raise 'another operation is at work on this tenant'; end if; if public.held_by(%[2]d) is not null then raise 'a full backup has not copied this tenant yet'; end if; end $$`
 	begin := fmt.Sprintf("begin;\n"+claim+";\nset local lock_timeout to '5s';\nset local search_path to %s, ext, pg_temp;\nset local check_function_bodies to off;\n",
 		postgres.OperationLock, t.Number, schema)
 	asOwner := false

@@ -117,7 +117,7 @@ set local row_security to default; set local standard_conforming_strings to defa
 // export writes one tenant over a session that may write others afterwards.
 func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, out form, o ExportOptions) (trailer archive.Trailer, err error) {
 	// The lock comes first: the snapshot must not be older than what another operation has just done.
-	if err := ses.LockOperation(ctx, t.Number, x.o.LockWait); err != nil {
+	if err := ses.LockReading(ctx, t.Number, x.o.LockWait); err != nil {
 		return trailer, err
 	}
 	defer func() {
@@ -127,95 +127,121 @@ func (x *Transfers) export(ctx context.Context, ses *postgres.Session, t tenant.
 			err = uerr
 		}
 	}()
+	err = ses.Snapshot(ctx, func() error {
+		trailer, err = x.read(ctx, ses, t, known, out, o)
+		return err
+	})
+	return trailer, err
+}
+
+// read writes one tenant as a snapshot has it, whose transaction has begun and in which nothing else was read before. Nothing
+// changes the structure of the tenant between the snapshot and the end of it.
+func (x *Transfers) read(ctx context.Context, ses *postgres.Session, t tenant.Tenant, known archive.Registry, out form, o ExportOptions) (trailer archive.Trailer, err error) {
 	inst, err := x.o.DB.Installation(ctx, t.Group)
 	if err != nil {
 		return trailer, err
 	}
-	err = ses.Snapshot(ctx, func() error {
-		if err := ses.Script(ctx, plain); err != nil {
-			return err
+	if err := ses.Script(ctx, plain); err != nil {
+		return trailer, err
+	}
+	at, err := standing(ctx, ses, t)
+	if err != nil {
+		return trailer, err
+	}
+	from, err := x.describe(ctx, ses, t, at)
+	if err != nil {
+		return trailer, err
+	}
+	if !o.again && (o.Format == Archive || o.Format == "") {
+		if err := x.complete(ctx, ses, t.Group, &from); err != nil {
+			return trailer, err
 		}
-		at, err := standing(ctx, ses, t)
+	}
+	from.header.Installation, from.header.Empty, from.known = inst.ID, o.Empty, known
+	if o.Begun != nil {
+		o.Begun(from.header)
+	}
+	if o.Own != nil {
+		o.Own(from.own)
+	}
+	tables, err := tablesOf(ctx, ses, at.Name)
+	if err != nil {
+		return trailer, err
+	}
+	from.tables = slices.DeleteFunc(tables, func(t table) bool { return !o.volatile && slices.Contains(x.o.Volatile, t.name) })
+	var masks map[string]*masked
+	var masker *mask.Masker
+	if o.masks != nil {
+		if masks, *o.masks, err = x.masking(ctx, ses, at); err != nil {
+			return trailer, err
+		}
+		masker = mask.New(x.o.Secret)
+	}
+	defer out.leave()
+	if err := out.begin(ctx, from); err != nil {
+		return trailer, err
+	}
+	if err := failpoint.Hit("export.begun"); err != nil {
+		return trailer, err
+	}
+	if o.Empty {
+		return out.end(nil)
+	}
+	told := meter{tell: o.Progress}
+	for _, table := range from.tables {
+		told.Total += table.bytes
+	}
+	for _, table := range from.tables {
+		rows, read, err := out.table(table)
 		if err != nil {
-			return err
+			return trailer, err
 		}
-		from, err := x.describe(ctx, ses, t, at)
+		through := noClose(rows)
+		if m := masks[table.name]; m != nil {
+			through = m.through(rows, masker, table)
+		}
+		n, err := ses.CopyTo(ctx, told.through(through, table.name), read+" to stdout")
+		if err == nil {
+			err = through.Close()
+		}
 		if err != nil {
-			return err
+			return trailer, fmt.Errorf("read table %s: %w", table.name, err)
 		}
-		if !o.again && (o.Format == Archive || o.Format == "") {
-			if err := x.complete(ctx, ses, t.Group, &from); err != nil {
-				return err
-			}
+		told.Rows += n
+		if err := out.endTable(n); err != nil {
+			return trailer, err
 		}
-		from.header.Installation, from.header.Empty, from.known = inst.ID, o.Empty, known
-		if o.Begun != nil {
-			o.Begun(from.header)
+		if err := failpoint.Hit("export.table"); err != nil {
+			return trailer, err
 		}
-		if o.Own != nil {
-			o.Own(from.own)
-		}
-		tables, err := tablesOf(ctx, ses, at.Name)
-		if err != nil {
-			return err
-		}
-		from.tables = slices.DeleteFunc(tables, func(t table) bool { return !o.volatile && slices.Contains(x.o.Volatile, t.name) })
-		var masks map[string]*masked
-		var masker *mask.Masker
-		if o.masks != nil {
-			if masks, *o.masks, err = x.masking(ctx, ses, at); err != nil {
-				return err
-			}
-			masker = mask.New(x.o.Secret)
-		}
-		defer out.leave()
-		if err := out.begin(ctx, from); err != nil {
-			return err
-		}
-		if err := failpoint.Hit("export.begun"); err != nil {
-			return err
-		}
-		if o.Empty {
-			trailer, err = out.end(nil)
-			return err
-		}
-		told := meter{tell: o.Progress}
-		for _, table := range from.tables {
-			told.Total += table.bytes
-		}
-		for _, table := range from.tables {
-			rows, read, err := out.table(table)
-			if err != nil {
-				return err
-			}
-			through := noClose(rows)
-			if m := masks[table.name]; m != nil {
-				through = m.through(rows, masker, table)
-			}
-			n, err := ses.CopyTo(ctx, told.through(through, table.name), read+" to stdout")
-			if err == nil {
-				err = through.Close()
-			}
-			if err != nil {
-				return fmt.Errorf("read table %s: %w", table.name, err)
-			}
-			told.Rows += n
-			if err := out.endTable(n); err != nil {
-				return err
-			}
-			if err := failpoint.Hit("export.table"); err != nil {
-				return err
-			}
-		}
-		// A sequence knows no snapshots: read behind the rows it is ahead of all of them.
-		sequences, err := sequencesOf(ctx, ses, at.Name)
-		if err != nil {
-			return err
-		}
-		trailer, err = out.end(sequences)
+	}
+	// A sequence knows no snapshots: read behind the rows it is ahead of all of them.
+	sequences, err := sequencesOf(ctx, ses, at.Name)
+	if err != nil {
+		return trailer, err
+	}
+	if err := asTheyWere(ctx, ses, at.Name, from.tables); err != nil {
+		return trailer, err
+	}
+	return out.end(sequences)
+}
+
+// asTheyWere refuses tables that somebody has emptied or rewritten since the snapshot, past all of oneo's locks: the rows from
+// before are not there any more, and a snapshot does not bring them back. Reading them has kept out whoever comes now.
+func asTheyWere(ctx context.Context, q postgres.Querier, schema string, tables []table) error {
+	names := make([]string, len(tables))
+	for i, t := range tables {
+		names[i] = t.name
+	}
+	// The snapshot sees the row that names the old file, the function looks at what is there.
+	const query = `select pg_catalog.min(c.relname::text) from pg_catalog.pg_class c
+where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relname = any($2) and pg_catalog.pg_relation_filenode(c.oid) is distinct from c.relfilenode`
+	var found *string
+	if err := q.QueryRow(ctx, query, schema, names).Scan(&found); err != nil || found == nil {
 		return err
-	})
-	return trailer, err
+	}
+	return fault.New(fault.Conflict, "the table %s was emptied or rewritten while the tenant was read", *found).WithCode("changed_meanwhile").
+		WithHint("run the same command again when whoever does that past oneo is done")
 }
 
 // standing is where the tenant's schema stands. NotFound: it is gone, or was made again behind oneo's back.
