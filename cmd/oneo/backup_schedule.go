@@ -160,10 +160,10 @@ func (s scheduled) promise() time.Time {
 		return *s.Due
 	}
 	// The last two times that have passed, found from a time before them: a cron counts forwards only.
-	from, last, before := s.now, time.Time{}, time.Time{}
+	var before time.Time
 	for span := time.Hour; before.IsZero() && span < 10*366*24*time.Hour; span *= 4 {
-		from, last = s.now.Add(-span), time.Time{}
-		for at := s.times.Times.Next(from); !at.IsZero() && !at.After(s.now); at = s.times.Times.Next(at) {
+		var last time.Time
+		for at := s.times.Times.Next(s.now.Add(-span)); !at.IsZero() && !at.After(s.now); at = s.times.Times.Next(at) {
 			before, last = last, at
 		}
 	}
