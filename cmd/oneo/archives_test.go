@@ -232,7 +232,7 @@ union select data ->> 'manager' from west.records r join west.pipelines p on p.i
 	for group, c := range o.at {
 		var left []string
 		const sql = `select coalesce(array_agg(what), '{}') from (
-	select 'schema ' || nspname as what from pg_namespace where nspname !~ '^pg_' and nspname not in ('public', 'ext', 'information_schema')
+	select 'schema ' || nspname as what from pg_namespace where nspname !~ '^pg_' and nspname not in ('public', 'ext', 'river', 'information_schema')
 	union all select 'role ' || rolname from pg_roles where rolname ~ ('^oneo_' || $1 || '_[0-9]+$')
 	union all select 'placement ' || schema from public.placements union all select 'ledger ' || tenant from public.ledger where set = 'tenant'
 	union all select 'kept ' || schema from (select schema from public.replaced union all select schema from public.moved union all select schema from public.undo_points) k) w`

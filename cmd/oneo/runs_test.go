@@ -18,6 +18,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/schemas"
 )
 
@@ -408,4 +409,34 @@ func TestRunWhoseLastWordWasLostIsConcluded(t *testing.T) {
 	require.Zero(t, code, stderr)
 	p.changedOnce(70)
 	require.Equal(t, "done", last())
+}
+
+// A run gives way to servers, unless it is told how many tenants to take at one time.
+func TestRunYieldsToServers(t *testing.T) {
+	t.Parallel()
+	p := newProduct(t, 3)
+	inst, err := p.env.DB.Installation(t.Context(), "main")
+	require.NoError(t, err)
+	server, err := pgx.ParseConfig(p.env.Group.URL)
+	require.NoError(t, err)
+	server.User = inst.LoginNames()[0]
+	server.Password = postgres.LoginPassword(pgtest.Secret, server.User)
+	c, err := pgx.ConnectConfig(t.Context(), server)
+	require.NoError(t, err)
+	defer c.Close(t.Context())
+	for _, run := range []struct {
+		share  string
+		more   []string
+		yields bool
+	}{
+		{"25", nil, true},
+		{"25", []string{"--jobs", "2"}, false},
+		{"0", nil, false},
+	} {
+		version := p.next("")
+		_, stderr, code := p.run([]string{"ONEO_MIGRATE_LIVE_SHARE=" + run.share}, append([]string{"migrate", "--all-tenants", "--force", "--progress", "json"}, run.more...)...)
+		require.Equal(t, 0, code, stderr)
+		require.Equal(t, run.yields, strings.Contains(stderr, `"event":"yielding"`), "%+v: %s", run, stderr)
+		p.executedOnce(version)
+	}
 }

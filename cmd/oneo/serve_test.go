@@ -58,11 +58,12 @@ func child(env *pgtest.Env, extra []string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// patience is the bounds of waiting that a busy machine would meet although nothing is wrong.
+// patience is the bounds of waiting that a busy machine would meet although nothing is wrong, and no waiting for nobody.
 var patience = []string{
 	"ONEO_DATABASE_ACQUIRE_TIMEOUT=30s", "ONEO_DATABASE_CONNECT_TIMEOUT=30s", "ONEO_DATABASE_STATEMENT_TIMEOUT=1m", "ONEO_REDIS_TIMEOUT=10s",
 	"ONEO_DATABASE_IDLE_IN_TRANSACTION_TIMEOUT=2m",
 	"ONEO_SERVER_SHUTDOWN_GRACE=2m", "ONEO_SERVER_READ_HEADER_TIMEOUT=20s",
+	"ONEO_MIGRATE_LIVE_SHARE=0", // or runs would rest for the sake of the tests' own sessions
 }
 
 // oneo runs a command to its end.

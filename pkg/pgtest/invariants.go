@@ -28,7 +28,7 @@ select format('I1: placement %s names a schema that is not there: %s', p.number,
 where not exists (select from pg_namespace n where n.nspname = p.schema and n.oid = p.namespace)
 union all
 select format('I1: schema %s belongs to no placement', n.nspname) from pg_namespace n
-where n.nspname !~ '^pg_' and n.nspname not in ('public', 'ext', 'information_schema')
+where n.nspname !~ '^pg_' and n.nspname not in ('public', 'ext', 'river', 'information_schema')
   and not exists (select from public.placements p where p.schema = n.nspname)
   and not exists (select from public.undo_points u where coalesce(u.undone, u.schema) = n.nspname)
   and not exists (select from public.replaced r where r.schema = n.nspname and r.namespace = n.oid)
