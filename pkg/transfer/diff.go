@@ -142,7 +142,7 @@ func comparable(ctx context.Context, tx *postgres.OwnerTx, live, beside string) 
 // alwaysOf lists the columns of a schema's tables that PostgreSQL alone gives a value.
 func alwaysOf(ctx context.Context, q postgres.Querier, schema string) (map[string][]string, error) {
 	const query = `select c.relname::text, a.attname::text from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and a.attidentity = 'a'`
+where ` + lies + ` and a.attidentity = 'a'`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err
@@ -160,7 +160,7 @@ where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = 
 func ownTypesOf(ctx context.Context, q postgres.Querier, schema string) (map[string]map[string]string, error) {
 	const query = `select c.relname::text, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod)
 from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid join pg_catalog.pg_type y on y.oid = a.atttypid
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'r' and y.typnamespace = c.relnamespace`
+where ` + lies + ` and c.relkind = 'r' and y.typnamespace = c.relnamespace`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err
@@ -189,7 +189,7 @@ func keysOf(ctx context.Context, q postgres.Querier, schema string) (map[string]
 from pg_catalog.pg_constraint k join pg_catalog.pg_class c on c.oid = k.conrelid
 cross join lateral unnest(k.conkey) with ordinality u (num, ord)
 join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = u.num join pg_catalog.pg_type y on y.oid = a.atttypid
-where k.contype = 'p' and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) group by c.oid, c.relname`
+where k.contype = 'p' and ` + lies + ` group by c.oid, c.relname`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err

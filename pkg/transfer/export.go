@@ -235,7 +235,7 @@ func asTheyWere(ctx context.Context, q postgres.Querier, schema string, tables [
 	}
 	// The snapshot sees the row that names the old file, the function looks at what is there.
 	const query = `select pg_catalog.min(c.relname::text) from pg_catalog.pg_class c
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relname = any($2) and pg_catalog.pg_relation_filenode(c.oid) is distinct from c.relfilenode`
+where ` + lies + ` and c.relname = any($2) and pg_catalog.pg_relation_filenode(c.oid) is distinct from c.relfilenode`
 	var found *string
 	if err := q.QueryRow(ctx, query, schema, names).Scan(&found); err != nil || found == nil {
 		return err
@@ -307,6 +307,12 @@ func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenan
 	return from, nil
 }
 
+// lies holds for the relations c of the schema $1, but for indexes and composite types. pg_depend comes first: it has an index by
+// schema, and pg_class, which has none, would be read through with the relations of all other tenants.
+const lies = `c.oid in (select d.objid from pg_catalog.pg_depend d where d.refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass
+	and d.refobjid = (select oid from pg_catalog.pg_namespace where nspname = $1) and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass)
+and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1)`
+
 // table is one whose rows are written.
 type table struct {
 	name    string
@@ -319,7 +325,7 @@ type table struct {
 func tablesOf(ctx context.Context, q postgres.Querier, schema string) ([]table, error) {
 	const query = `select c.relname::text, coalesce((select pg_catalog.array_agg(a.attname::text order by a.attnum) from pg_catalog.pg_attribute a
 	where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''), '{}'), pg_catalog.pg_table_size(c.oid)
-from pg_catalog.pg_class c where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'r' order by c.relname`
+from pg_catalog.pg_class c where ` + lies + ` and c.relkind = 'r' order by c.relname`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err
@@ -332,7 +338,7 @@ from pg_catalog.pg_class c where c.relnamespace = (select oid from pg_catalog.pg
 // sequencesOf reads where the sequences of a schema stand.
 func sequencesOf(ctx context.Context, q postgres.Querier, schema string) ([]archive.Sequence, error) {
 	const query = `select c.relname::text from pg_catalog.pg_class c
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'S' order by c.relname`
+where ` + lies + ` and c.relkind = 'S' order by c.relname`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err

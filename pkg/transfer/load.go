@@ -264,7 +264,7 @@ func clear(ctx context.Context, tx *postgres.OwnerTx, schema string, tables []ta
 func takeOff(ctx context.Context, tx *postgres.OwnerTx, schema string) (later []string, err error) {
 	// Each row: what takes it off, what brings it back, and its comment.
 	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1),
-t as (select c.oid, c.relname, c.relispartition from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('r', 'p'))
+t as (select c.oid, c.relname, c.relispartition from pg_catalog.pg_class c where ` + lies + ` and c.relkind in ('r', 'p'))
 select 1 as rank, k.conname::text as name, pg_catalog.format('alter table %I drop constraint %I', t.relname, k.conname),
 	pg_catalog.format('alter table %I add constraint %I %s', t.relname, k.conname, pg_catalog.pg_get_constraintdef(k.oid)),
 	pg_catalog.format('comment on constraint %I on %I is %L', k.conname, t.relname, pg_catalog.obj_description(k.oid, 'pg_constraint')),
@@ -324,7 +324,7 @@ order by 1, 2`
 // refresh fills the materialized views, in the order in which they were made: one may be made of another.
 func refresh(ctx context.Context, tx *postgres.OwnerTx, schema string) error {
 	const query = `select c.relname::text from pg_catalog.pg_class c
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'm' order by c.oid`
+where ` + lies + ` and c.relkind = 'm' order by c.oid`
 	rows, err := tx.Query(ctx, query, schema)
 	if err != nil {
 		return err

@@ -172,7 +172,7 @@ func marks(ctx context.Context, q postgres.Querier, schema string) (types map[pl
 	greatest(case when b.oid is null then a.atttypmod else t.typtypmod end - 4, 0)
 from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
 join pg_catalog.pg_type t on t.oid = a.atttypid left join pg_catalog.pg_type b on b.oid = t.typbasetype
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind in ('r', 'p')`
+where ` + lies + ` and c.relkind in ('r', 'p')`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, nil, nil, nil, err
@@ -204,7 +204,7 @@ func alongKeys(ctx context.Context, q postgres.Querier, schema string, kinds map
 from pg_catalog.pg_constraint k join pg_catalog.pg_class c on c.oid = k.conrelid join pg_catalog.pg_class f on f.oid = k.confrelid,
 	rows from (pg_catalog.unnest(k.conkey), pg_catalog.unnest(k.confkey)) as x (here, there),
 	pg_catalog.pg_attribute a, pg_catalog.pg_attribute b
-where k.contype = 'f' and k.connamespace = (select oid from pg_catalog.pg_namespace where nspname = $1)
+where k.contype = 'f' and ` + lies + `
 	and a.attrelid = c.oid and a.attnum = x.here and b.attrelid = f.oid and b.attnum = x.there order by 1, 2, 3, 4`
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {

@@ -247,7 +247,7 @@ func refusedRows(err error, table string) error {
 func parentsFirst(ctx context.Context, q postgres.Querier, schema string, tables []compared) ([]compared, error) {
 	const query = `select c.relname::text, r.relname::text from pg_catalog.pg_constraint k
 join pg_catalog.pg_class c on c.oid = k.conrelid join pg_catalog.pg_class r on r.oid = k.confrelid
-where k.contype = 'f' and c.oid <> r.oid and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1)`
+where k.contype = 'f' and c.oid <> r.oid and ` + lies
 	rows, err := q.Query(ctx, query, schema)
 	if err != nil {
 		return nil, err

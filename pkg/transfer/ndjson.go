@@ -95,7 +95,7 @@ func (o *objects) columns(ctx context.Context, q postgres.Querier) error {
 	const query = `select c.relname::text, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod), not a.attnotnull, a.attgenerated <> '',
 	exists (select from pg_catalog.pg_index i where i.indrelid = c.oid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
 from pg_catalog.pg_class c join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1) and c.relkind = 'r' order by c.relname, a.attnum`
+where ` + lies + ` and c.relkind = 'r' order by c.relname, a.attnum`
 	rows, err := q.Query(ctx, query, o.schema)
 	if err != nil {
 		return err
