@@ -99,6 +99,9 @@ func (p *Provisioner) claimSpare(ctx context.Context, tx *postgres.OwnerTx, r Cr
 	if err := tx.Script(ctx, "alter schema "+postgres.Quote(at.String())+" rename to "+postgres.Quote(r.Schema.String())); err != nil {
 		return false, err
 	}
+	if err := repath(ctx, tx, r.Schema.String(), at.String(), r.Schema.String()); err != nil {
+		return false, err
+	}
 	if r.AdminEmail != "" {
 		if err := firstUser(ctx, tx, r); err != nil {
 			return false, err
@@ -152,7 +155,7 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 	}
 	schema := tenant.SpareSchema(number)
 	err = p.build(ctx, tx, inst, plot{number: number, schema: schema, state: spare}, func() error {
-		what, err := holdsName(ctx, tx, schema.String(), true)
+		what, err := holdsName(ctx, tx, schema.String(), schema.String(), true)
 		if err == nil && what != "" {
 			err = fault.New(fault.Conflict, "no schema can be made ahead from these migrations: %s holds the schema's name as text", what).
 				WithCode(codeNotSpare).WithHint("write it without the name, or set provisioning.pool_size to 0")
@@ -175,44 +178,6 @@ func (p *Provisioner) buildSpare(ctx context.Context, tx *postgres.OwnerTx, grou
 }
 
 const codeNotSpare = "no_spares"
-
-// holdsName names something of a schema that holds the schema's name as text, as a function with "set search_path from
-// current" or, where rows are to be looked at, a row: renaming the schema would leave it behind. Empty: there is nothing. The
-// transaction is bound to the schema.
-func holdsName(ctx context.Context, tx *postgres.OwnerTx, schema string, inRows bool) (what string, err error) {
-	const query = `with s as (select oid from pg_catalog.pg_namespace where nspname = $1::text),
-named as materialized ( -- or every schema of the database would be looked through
-	select 'the function ' || f.proname as what, f.prosrc || ' ' || coalesce(f.proconfig::text, '') as body
-	from pg_catalog.pg_proc f join s on f.pronamespace = s.oid
-	union all
-	select 'a default of the table ' || c.relname, pg_catalog.pg_get_expr(d.adbin, d.adrelid)
-	from pg_catalog.pg_class c join s on c.relnamespace = s.oid join pg_catalog.pg_attrdef d on d.adrelid = c.oid
-	union all
-	select 'the constraint ' || k.conname, pg_catalog.pg_get_constraintdef(k.oid) from pg_catalog.pg_constraint k join s on k.connamespace = s.oid
-	union all
-	select 'the trigger ' || g.tgname, pg_catalog.pg_get_triggerdef(g.oid, true)
-	from pg_catalog.pg_class c join s on c.relnamespace = s.oid join pg_catalog.pg_trigger g on g.tgrelid = c.oid and not g.tgisinternal
-	union all
-	select 'the view ' || c.relname, pg_catalog.pg_get_viewdef(c.oid) from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('v', 'm')
-	union all
-	select 'the index ' || c.relname, pg_catalog.pg_get_indexdef(c.oid, 0, true) from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('i', 'I')
-	union all
-	select 'the policy ' || y.polname, concat(pg_catalog.pg_get_expr(y.polqual, c.oid), ' ', pg_catalog.pg_get_expr(y.polwithcheck, c.oid))
-	from pg_catalog.pg_class c join s on c.relnamespace = s.oid join pg_catalog.pg_policy y on y.polrelid = c.oid
-)
-select coalesce(pg_catalog.min(what), ''), (
-	select coalesce(pg_catalog.string_agg(pg_catalog.format('select %L where exists (select from %s t where pg_catalog.strpos((t.*)::text, $1) > 0)',
-		'a row of ' || c.relname, c.oid::pg_catalog.regclass), ' union all '), '')
-	from pg_catalog.pg_class c join s on c.relnamespace = s.oid where c.relkind in ('r', 'm'))
-from named where pg_catalog.strpos(body, $1) > 0`
-	var rows string
-	if err := tx.QueryRow(ctx, query, schema).Scan(&what, &rows); err != nil || what != "" || rows == "" || !inRows {
-		return what, err
-	}
-	const first = `select coalesce((select min(what) from (%s) as found (what)), '')`
-	err = tx.QueryRow(ctx, fmt.Sprintf(first, rows), schema).Scan(&what)
-	return what, err
-}
 
 // spareState is one spare as the keeper sees it.
 type spareState struct {

@@ -557,7 +557,7 @@ func TestWorkerClaims(t *testing.T) {
 func TestTablesThatNameTheirSchema(t *testing.T) {
 	t.Parallel()
 	for what, sql := range map[string]string{
-		"function": "create function f() returns int language sql set search_path from current as 'select 1';",
+		"function": "create table a (id int); do $$ begin execute format('create function f() returns bigint language sql as %L', 'select count(*) from ' || current_schema() || '.a'); end $$;",
 		"default":  "create table a (at text); do $$ begin execute format('alter table a alter at set default %L', current_schema()); end $$;",
 		"check":    "create table a (at text); do $$ begin execute format('alter table a add check (at = %L)', current_schema()); end $$;",
 		"policy": "create table a (at text); alter table a enable row level security; " +
@@ -585,11 +585,15 @@ func TestTablesThatNameTheirSchema(t *testing.T) {
 	p := f.sized(t, 1, f.files(t, fstest.MapFS{"0001_a.up.sql": {Data: []byte(`create table a (id int primary key);
 create table b (id int generated always as identity, a int references a, at text default 'x' check (at <> ''));
 create view v as select a.id from a join b on b.a = a.id; create function g() returns trigger language plpgsql as 'begin return new; end';
-create trigger t before insert on b for each row execute function g();
+create trigger t before insert on b for each row execute function g(); create function f() returns bigint language sql set search_path from current as 'select count(*) from b';
 insert into a values (1); create index on b ((at || 'x')); alter table b enable row level security; create policy p on b using (at = 'x')`)}}))
 	did, err := p.Keep(t.Context(), "main", 1)
 	require.NoError(t, err)
 	require.True(t, did)
+	_, err = p.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "acme"), Actor: "test"})
+	require.NoError(t, err)
+	require.Empty(t, f.spares(t, "main"), "the tenant has taken it")
+	require.Equal(t, "0 {\"search_path=acme, ext, pg_temp\"}", f.scalar(t, `select acme.f() || ' ' || proconfig::text from pg_proc where proname = 'f' and pronamespace = 'acme'::regnamespace`))
 	f.invariants(t)
 }
 

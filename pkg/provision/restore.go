@@ -187,7 +187,7 @@ func (p *Provisioner) fillBeside(ctx context.Context, tx *postgres.OwnerTx, t te
 	}
 	// While the path is bound, or every name of the schema's own would be taken for a text.
 	// Rows of the archive cannot know this name; those that a later migration has written may.
-	what, err := holdsName(ctx, tx, schema.String(), fill.Version < head)
+	what, err := holdsName(ctx, tx, schema.String(), schema.String(), fill.Version < head)
 	if err != nil {
 		return into, err
 	}
@@ -256,7 +256,11 @@ func (p *Provisioner) swapIn(ctx context.Context, tx *postgres.OwnerTx, t tenant
 	if err := tx.QueryRow(ctx, keeps, t.Number, operation, away, keep, all).Scan(&until); err != nil {
 		return until, err
 	}
-	if err := rename(ctx, tx, t.Schema.String(), away, tenant.RestoreSchema(t.Number).String(), t.Schema.String()); err != nil {
+	brought := tenant.RestoreSchema(t.Number).String()
+	if err := rename(ctx, tx, t.Schema.String(), away, brought, t.Schema.String()); err != nil {
+		return until, err
+	}
+	if err := repath(ctx, tx, t.Schema.String(), brought, t.Schema.String()); err != nil {
 		return until, err
 	}
 	if err := keepOut(ctx, tx, away, all); err != nil {

@@ -982,6 +982,12 @@ func (p *Provisioner) Rename(ctx context.Context, slug tenant.Slug, r RenameRequ
 	if n := len([]rune(r.Name)); n > 200 {
 		return t, fault.New(fault.Invalid, "the display name is longer than 200 characters").WithCode("invalid_name")
 	}
+	if r.Schema != t.Schema {
+		err := p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error { return nameless(ctx, tx, t) })
+		if err != nil {
+			return t, err
+		}
+	}
 	return p.run(ctx, p.renaming(t, r), nil)
 }
 
@@ -1010,13 +1016,25 @@ func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
 			if r.Schema == t.Schema {
 				return nil
 			}
+			if err := nameless(ctx, tx, t); err != nil { // again, under the operation lock
+				return err
+			}
 			if err := tx.LockGate(ctx, t.Number); err != nil {
 				return err
 			}
 			if err := moveSchema(ctx, tx, t, r.Schema.String()); err != nil {
 				return err
 			}
-			_, err := tx.Exec(ctx, `update public.placements set epoch = epoch + 1 where number = $1`, t.Number)
+			kept, err := replacedSchemas(ctx, tx, t.Number)
+			if err != nil {
+				return err
+			}
+			for _, schema := range append(kept, r.Schema.String()) {
+				if err := repath(ctx, tx, schema, t.Schema.String(), r.Schema.String()); err != nil {
+					return err
+				}
+			}
+			_, err = tx.Exec(ctx, `update public.placements set epoch = epoch + 1 where number = $1`, t.Number)
 			return err
 		},
 		finish: func(context.Context, postgres.Querier) error { return nil },
