@@ -33,7 +33,7 @@ var house = map[string]room{
 	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2}, "pkg/store": {layer: 2}, "pkg/mask": {layer: 2},
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3},
 	"pkg/provision": {layer: 4},
-	"pkg/demo":      {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
+	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
 	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6}, "pkg/schedule": {layer: 6},
 	"pkg/server": {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet", "pkg/auth", "pkg/crm"}},
 	"pkg/app":    {layer: 8},
@@ -62,6 +62,7 @@ var owners = map[string][]string{
 	"filippo.io/":                             {"pkg/archive"},
 	"github.com/klauspost/":                   {"pkg/archive"},
 	"github.com/minio/":                       {"pkg/store"},
+	"github.com/prometheus/":                  {"pkg/observe"},
 }
 
 // from is the lowest layer from which a module may be imported.
