@@ -982,12 +982,6 @@ func (p *Provisioner) Rename(ctx context.Context, slug tenant.Slug, r RenameRequ
 	if n := len([]rune(r.Name)); n > 200 {
 		return t, fault.New(fault.Invalid, "the display name is longer than 200 characters").WithCode("invalid_name")
 	}
-	if r.Schema != t.Schema {
-		err := p.o.DB.AsOwner(ctx, t.Group, func(tx *postgres.OwnerTx) error { return nameless(ctx, tx, t) })
-		if err != nil {
-			return t, err
-		}
-	}
 	return p.run(ctx, p.renaming(t, r), nil)
 }
 
@@ -1016,7 +1010,7 @@ func (p *Provisioner) renaming(t tenant.Tenant, r RenameRequest) change {
 			if r.Schema == t.Schema {
 				return nil
 			}
-			if err := nameless(ctx, tx, t); err != nil { // again, under the operation lock
+			if err := nameless(ctx, tx, t); err != nil {
 				return err
 			}
 			if err := tx.LockGate(ctx, t.Number); err != nil {
