@@ -31,7 +31,7 @@ var house = map[string]room{
 	"pkg/tenant": {layer: 1},
 	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/devstack": {layer: 2},
 	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2}, "pkg/store": {layer: 2}, "pkg/mask": {layer: 2},
-	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3},
+	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3}, "pkg/inspect": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
 	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6}, "pkg/schedule": {layer: 6},

@@ -297,7 +297,7 @@ func schemaMissing() error {
 // LockGate takes the tenant's gate exclusively until the transaction ends: it waits for the bound transactions in
 // flight and keeps new ones out. It waits at most the lock timeout; then the fault is Locked.
 func (tx *OwnerTx) LockGate(ctx context.Context, number int32) error {
-	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, $2::int4)`, lockGate, number)
+	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock($1::int4, $2::int4)`, GateLock, number)
 	if SQLState(err) == "55P03" {
 		return fault.Wrap(err, fault.Locked, "requests of this tenant are still at work").WithCode("gate_busy").WithRetry(time.Second)
 	}
@@ -306,7 +306,7 @@ func (tx *OwnerTx) LockGate(ctx context.Context, number int32) error {
 
 // ShareGate takes the tenant's gate shared until the transaction ends, as a bound transaction does.
 func (tx *OwnerTx) ShareGate(ctx context.Context, number int32) error {
-	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock_shared($1::int4, $2::int4)`, lockGate, number)
+	_, err := tx.conn.Conn().Exec(ctx, `select pg_catalog.pg_advisory_xact_lock_shared($1::int4, $2::int4)`, GateLock, number)
 	if SQLState(err) == "55P03" {
 		return fault.Wrap(err, fault.Locked, "the tenant is being changed at the moment").WithCode("tenant_locked").WithRetry(time.Second)
 	}

@@ -32,7 +32,8 @@ const (
 
 // Kinds of advisory locks: the first of their two keys, the second is the tenant's number.
 const (
-	lockGate int32 = 7302657 // taken shared by every bound transaction, exclusively by what changes the placement
+	// GateLock is taken shared by every bound transaction, exclusively by what changes the placement.
+	GateLock int32 = 7302657
 	// OperationLock is the lock of which there is one structural operation on a tenant at a time. It is polled, never
 	// waited for inside PostgreSQL.
 	OperationLock int32 = 7302658
