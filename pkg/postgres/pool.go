@@ -34,9 +34,11 @@ type group struct {
 	mu     sync.Mutex
 	shared *pgxpool.Pool
 	owner  *pgxpool.Pool
-	inst   *Installation
-	subs   []*subPool
-	closed bool
+	// sessions are those that read, and are used again.
+	sessions *pgxpool.Pool
+	inst     *Installation
+	subs     []*subPool
+	closed   bool
 }
 
 // subPool holds the connections of one login. A tenant's work always goes through the same one, because PostgreSQL's
@@ -56,11 +58,11 @@ func newGroup(name string, urls Group, opts *Options) *group {
 
 func (g *group) close() {
 	g.mu.Lock()
-	pools := []*pgxpool.Pool{g.shared, g.owner}
+	pools := []*pgxpool.Pool{g.shared, g.owner, g.sessions}
 	for _, s := range g.subs {
 		pools = append(pools, s.pool)
 	}
-	g.closed, g.shared, g.owner, g.subs = true, nil, nil, nil
+	g.closed, g.shared, g.owner, g.sessions, g.subs = true, nil, nil, nil, nil
 	g.mu.Unlock()
 	for _, p := range pools {
 		if p != nil {
@@ -97,7 +99,7 @@ func (g *group) config(url string, conns int) (*pgxpool.Config, error) {
 	return cfg, nil
 }
 
-func (g *group) open(pool **pgxpool.Pool, url string, conns int) (*pgxpool.Pool, error) {
+func (g *group) open(pool **pgxpool.Pool, url string, conns int, tune func(*pgxpool.Config)) (*pgxpool.Pool, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
@@ -114,6 +116,9 @@ func (g *group) open(pool **pgxpool.Pool, url string, conns int) (*pgxpool.Pool,
 	if g.opts.Statements == Unprepared {
 		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeDescribeExec
 	}
+	if tune != nil {
+		tune(cfg)
+	}
 	p, err := pgxpool.NewWithConfig(context.Background(), cfg)
 	if err != nil {
 		return nil, fmt.Errorf("make pool of group %s: %w", g.name, err)
@@ -123,11 +128,11 @@ func (g *group) open(pool **pgxpool.Pool, url string, conns int) (*pgxpool.Pool,
 }
 
 func (g *group) sharedPool() (*pgxpool.Pool, error) {
-	return g.open(&g.shared, g.urls.URL, g.opts.SharedConns)
+	return g.open(&g.shared, g.urls.URL, g.opts.SharedConns, nil)
 }
 
 func (g *group) ownerPool() (*pgxpool.Pool, error) {
-	return g.open(&g.owner, g.urls.OwnerURL, g.opts.OwnerConns)
+	return g.open(&g.owner, g.urls.OwnerURL, g.opts.OwnerConns, nil)
 }
 
 // OwnerPool makes a pool of at most so many connections of the owner's to a group's database, past any pooler, for a library

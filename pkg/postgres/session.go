@@ -9,6 +9,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
@@ -51,28 +52,135 @@ func (db *DB) OwnerSession(ctx context.Context, groupName string, fn func(*Sessi
 		_ = conn.Close(cctx) // its backend ends with its socket
 	}()
 	s := &Session{conn: conn, group: g}
+	if err := s.begin(ctx, ""); err != nil {
+		return Fault(err)
+	}
+	return Fault(fn(s))
+}
+
+const (
+	// sessionUses is after how many uses a reading session is replaced: its backend never forgets a tenant's catalog, about 80 kB of
+	// a small one.
+	sessionUses    = 100
+	sessionUsesKey = "oneo_session_uses"
+	// sessionIdle is for how long one is kept that nobody uses.
+	sessionIdle = 15 * time.Second
+	// sessionsAtMost is no bound but PostgreSQL's own: whoever calls says how many there are at one time.
+	sessionsAtMost = 1000
+)
+
+// ReadingSession is OwnerSession for work that changes nothing, one tenant after another: a login, and a backend that knows no
+// catalog yet, cost several times what it takes to read a small tenant. fn has the connection to itself, and finds it as a
+// new one is, but for the statements that Kept keeps. When fn has returned, every lock is let go, settings, role, temporary
+// tables and cursors are gone, and only then somebody else may get it. A connection is used again only where nothing had
+// failed: it is closed when fn returned an error or panicked, when ctx has ended, also behind fn's back, when a transaction
+// or a COPY was left open, and when it cannot be cleared. One that is idle is closed after a quarter of a minute, or with db.
+func (db *DB) ReadingSession(ctx context.Context, groupName string, fn func(*Session) error) error {
+	g, err := db.group(groupName)
+	if err != nil {
+		return err
+	}
+	pool, err := g.sessionPool()
+	if err != nil {
+		return err
+	}
+	var c *pgxpool.Conn
+	err = retryLost(ctx, g.opts.AcquireTimeout, pool.Reset, func(ctx context.Context) (err error) {
+		c, err = pool.Acquire(ctx)
+		return err
+	})
+	if err != nil {
+		return Fault(err)
+	}
+	s := &Session{conn: c.Conn(), group: g}
+	clean := false
+	defer func() {
+		if !clean || !s.clear(ctx) {
+			closeConn(c)
+		}
+		c.Release()
+	}()
+	err = fn(s)
+	clean = err == nil
+	return Fault(err)
+}
+
+// sessionPool holds the connections of reading sessions.
+func (g *group) sessionPool() (*pgxpool.Pool, error) {
+	return g.open(&g.sessions, g.urls.DirectURL, sessionsAtMost, func(cfg *pgxpool.Config) {
+		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeDescribeExec
+		cfg.MaxConnIdleTime, cfg.HealthCheckPeriod = sessionIdle, sessionIdle/3
+		cfg.AfterConnect = func(ctx context.Context, c *pgx.Conn) error {
+			return (&Session{conn: c, group: g}).begin(ctx, plannedOnce)
+		}
+	})
+}
+
+// plannedOnce lets a statement that is kept be planned once, for any tenant.
+const plannedOnce = "set plan_cache_mode to force_generic_plan;\n"
+
+// clearing is what DISCARD ALL does, but for what is kept prepared and planned.
+const clearing = `close all; set session authorization default; reset all; unlisten *; select pg_catalog.pg_advisory_unlock_all();
+discard temp; discard sequences;
+`
+
+// clear makes the session as a new one is, and reports whether it may be used again.
+func (s *Session) clear(ctx context.Context) bool {
+	uses, _ := s.conn.PgConn().CustomData()[sessionUsesKey].(int)
+	s.conn.PgConn().CustomData()[sessionUsesKey] = uses + 1
+	// A request to cancel a statement may still be under way to the server, and would meet the next one's.
+	if ctx.Err() != nil || uses+1 >= sessionUses || s.conn.IsClosed() || s.conn.PgConn().IsBusy() || s.conn.PgConn().TxStatus() != 'I' {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.group.opts.AcquireTimeout)
+	defer cancel()
+	return s.settle(ctx, clearing+plannedOnce) == nil
+}
+
+// begin makes a new connection a session, on which first is run before its settings are made.
+func (s *Session) begin(ctx context.Context, first string) error {
 	// Through a pooler the settings and the locks would be somebody else's in a moment.
 	var pid uint32
 	if err := s.QueryRow(ctx, `select pg_catalog.pg_backend_pid()`, outsideTx).Scan(&pid); err != nil {
-		return Fault(err)
+		return err
 	}
-	if pid != conn.PgConn().PID() {
-		return fault.New(fault.Invalid, "the direct connection to the database of group %s goes through a pooler", groupName).
+	if pid != s.conn.PgConn().PID() {
+		return fault.New(fault.Invalid, "the direct connection to the database of group %s goes through a pooler", s.group.name).
 			WithCode("direct_url_pooled").WithHint("set ONEO_DATABASE_DIRECT_URL, or direct_url of the group, to PostgreSQL's own address")
 	}
-	if err := s.Script(ctx, "set search_path to ''"); err != nil {
-		return Fault(err)
-	}
-	if err := s.Timeouts(ctx, g.opts.LockTimeout, 0); err != nil {
-		return Fault(err)
+	return s.settle(ctx, first)
+}
+
+// settle runs first and makes the settings that a session begins with.
+func (s *Session) settle(ctx context.Context, first string) error {
+	if err := s.Script(ctx, first+"set search_path to ''; "+s.timeouts(s.group.opts.LockTimeout, 0)); err != nil {
+		return err
 	}
 	const check = `select pg_catalog.set_config('client_connection_check_interval', '10s', false)
 where pg_catalog.current_setting('server_version_num')::int >= 140000`
 	var pe *pgconn.PgError
 	if err := s.Script(ctx, check); err != nil && !errors.As(err, &pe) { // a server's refusal changes nothing else
-		return Fault(err)
+		return err
 	}
-	return Fault(fn(s))
+	return nil
+}
+
+// Kept runs statements that the connection of a reading session prepares and plans once for all who use it. They must be the same
+// for every tenant, and their names those of pg_catalog or qualified: what stands in a tenant's schema differs.
+func (s *Session) Kept() Querier { return kept{s} }
+
+type kept struct{ *Session }
+
+func (k kept) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	return k.Session.Exec(ctx, sql, append([]any{pgx.QueryExecModeCacheStatement}, args...)...)
+}
+
+func (k kept) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	return k.Session.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheStatement}, args...)...)
+}
+
+func (k kept) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	return k.Session.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeCacheStatement}, args...)...)
 }
 
 // Exec runs a statement that returns no rows.
@@ -138,8 +246,12 @@ func (s *Session) tx(ctx context.Context, begin string, fn func() error) error {
 // Timeouts bounds the session's later statements: how long they may wait for a lock and how long they may take; 0: no
 // bound.
 func (s *Session) Timeouts(ctx context.Context, lock, statement time.Duration) error {
-	return s.Script(ctx, fmt.Sprintf("set lock_timeout to %s; set statement_timeout to %s; set idle_in_transaction_session_timeout to %s",
-		bound(lock), bound(statement), ms(s.group.opts.IdleInTransactionTimeout)))
+	return s.Script(ctx, s.timeouts(lock, statement))
+}
+
+func (s *Session) timeouts(lock, statement time.Duration) string {
+	return fmt.Sprintf("set lock_timeout to %s; set statement_timeout to %s; set idle_in_transaction_session_timeout to %s",
+		bound(lock), bound(statement), ms(s.group.opts.IdleInTransactionTimeout))
 }
 
 // BindPlaced sets the session's search path to the schema in which the tenant's placement says that it stands, ext and

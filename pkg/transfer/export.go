@@ -71,7 +71,7 @@ func (x *Transfers) exportAs(ctx context.Context, t tenant.Tenant, out form, o E
 	if err != nil {
 		return trailer, named(err, t)
 	}
-	err = x.o.DB.OwnerSession(ctx, t.Group, func(ses *postgres.Session) error {
+	err = x.o.DB.ReadingSession(ctx, t.Group, func(ses *postgres.Session) error {
 		trailer, err = x.export(ctx, ses, t, known, out, o)
 		return err
 	})
@@ -291,7 +291,7 @@ func (x *Transfers) describe(ctx context.Context, ses *postgres.Session, t tenan
 	if err != nil {
 		return from, err
 	}
-	if from.have, err = structure.Read(ctx, ses, at); err != nil {
+	if from.have, err = structure.Read(ctx, ses.Kept(), at); err != nil {
 		return from, err
 	}
 	base, err := x.o.Structure.Reference(ctx, t.Group, h.Version())

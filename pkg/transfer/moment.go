@@ -339,7 +339,7 @@ func (m *Moment) Export(ctx context.Context, t tenant.Tenant, w io.Writer, o Exp
 		return trailer, err
 	}
 	seen := ""
-	err = x.o.DB.OwnerSession(ctx, m.Group, func(ses *postgres.Session) error {
+	err = x.o.DB.ReadingSession(ctx, m.Group, func(ses *postgres.Session) error {
 		return ses.SnapshotOf(ctx, m.snapshot, func() error {
 			if trailer, err = x.read(ctx, ses, t, m.known[t.Number], out, o); err != nil {
 				return err
