@@ -165,7 +165,7 @@ func (b *Backups) write(ctx context.Context, t tenant.Tenant, m *Manifest, progr
 			}
 		}
 	}()
-	err = b.o.Store.Put(ctx, m.Name, func(w io.Writer) error {
+	err = store.PutAhead(ctx, b.o.Store, m.Name, func(w io.Writer) error { // without its manifest it is nothing
 		into = &summed{w: w, sum: sha256.New()}
 		if err := failpoint.Hit("backup.begun"); err != nil {
 			return err

@@ -110,6 +110,8 @@ func (g *group) sessionPool() (*pgxpool.Pool, error) {
 	return g.open(&g.sessions, g.urls.DirectURL, sessionsAtMost, func(cfg *pgxpool.Config) {
 		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeDescribeExec
 		cfg.MaxConnIdleTime, cfg.HealthCheckPeriod = sessionIdle, sessionIdle/3
+		// One that its server has lost is not found out by fn, as with a new one.
+		cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return true }
 		cfg.AfterConnect = func(ctx context.Context, c *pgx.Conn) error {
 			return (&Session{conn: c, group: g}).begin(ctx, plannedOnce)
 		}
@@ -165,15 +167,11 @@ where pg_catalog.current_setting('server_version_num')::int >= 140000`
 	return nil
 }
 
-// Kept runs statements that the connection of a reading session prepares and plans once for all who use it. They must be the same
+// Kept runs queries that the connection of a reading session prepares and plans once for all who use it. They must be the same
 // for every tenant, and their names those of pg_catalog or qualified: what stands in a tenant's schema differs.
 func (s *Session) Kept() Querier { return kept{s} }
 
 type kept struct{ *Session }
-
-func (k kept) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	return k.Session.Exec(ctx, sql, append([]any{pgx.QueryExecModeCacheStatement}, args...)...)
-}
 
 func (k kept) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	return k.Session.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheStatement}, args...)...)

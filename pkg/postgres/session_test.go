@@ -1,6 +1,7 @@
 package postgres_test
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
@@ -59,4 +60,177 @@ func TestOwnerSessionRefusesAPooler(t *testing.T) {
 	})
 	err := db.OwnerSession(t.Context(), "main", func(*postgres.Session) error { t.Error("it was let through"); return nil })
 	requireFault(t, err, fault.Invalid, "direct_url_pooled")
+}
+
+// Whoever gets a connection that was used before finds it as a new one: whatever somebody has set, locked or made on it
+// is gone when his function has returned, not only when the next one comes.
+func TestReadingSessionIsCleared(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	ctx := t.Context()
+	a := env.Tenant(t, "acme")
+	admin := pgtest.Admin(t, env.AdminURL)
+	_, err := admin.Exec(ctx, `do $$ begin execute format('grant temporary on database %I to oneo_owner', current_database()); end $$`)
+	require.NoError(t, err)
+	var role string
+	require.NoError(t, admin.QueryRow(ctx, `select role from public.placements where number = $1`, a.Number).Scan(&role))
+	_, err = admin.Exec(ctx, `grant `+role+` to oneo_owner`)
+	require.NoError(t, err)
+	// What a session is: what it has set, who works, what it holds and what it has made.
+	const state = `select ((select jsonb_object_agg(name, setting) from pg_settings where source = 'session' and name <> 'plan_cache_mode') || jsonb_build_object('role', current_user, 'session', session_user,
+	'locks', (select count(*) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'), 'cursors', (select count(*) from pg_cursors),
+	'listens', (select count(*) from pg_listening_channels()), 'temporary', pg_my_temp_schema() <> 0 and exists (select from pg_class where relnamespace = pg_my_temp_schema())))::text`
+	look := func(s *postgres.Session) (found string) {
+		require.NoError(t, s.QueryRow(ctx, state).Scan(&found))
+		return found
+	}
+	pid := func(s *postgres.Session) (found int) {
+		require.NoError(t, s.QueryRow(ctx, `select pg_backend_pid()`).Scan(&found))
+		return found
+	}
+	var fresh string
+	var first int
+	require.NoError(t, env.DB.OwnerSession(ctx, "main", func(s *postgres.Session) error { fresh = look(s); return nil }))
+	require.NoError(t, env.DB.ReadingSession(ctx, "main", func(s *postgres.Session) error {
+		first = pid(s)
+		require.JSONEq(t, fresh, look(s))
+		require.NoError(t, s.LockOperation(ctx, a.Number, time.Second))
+		require.NoError(t, s.LockReading(ctx, a.Number, time.Second), "twice, so that one unlocking would not do")
+		_, err := s.BindPlaced(ctx, a.Number)
+		require.NoError(t, err)
+		require.NoError(t, s.Timeouts(ctx, 0, time.Hour))
+		require.NoError(t, s.Script(ctx, `set timezone to 'Asia/Tokyo'; set datestyle to 'German'; set extra_float_digits to 0; listen something`))
+		require.NoError(t, s.Script(ctx, `create temp table users (id int); create temp sequence n; select nextval('n')`))
+		require.NoError(t, s.Tx(ctx, func() error { return s.Script(ctx, `declare c cursor with hold for select 1`) }))
+		require.NoError(t, s.Script(ctx, `set role `+postgres.Quote(role)))
+		require.NotEqual(t, fresh, look(s))
+		return nil
+	}))
+	_, err = admin.Exec(ctx, `revoke `+role+` from oneo_owner`)
+	require.NoError(t, err)
+	var locks int
+	require.NoError(t, admin.QueryRow(ctx, `select count(*) from pg_locks where pid = $1 and locktype in ('advisory', 'relation')`, first).Scan(&locks))
+	require.Zero(t, locks)
+	require.NoError(t, env.DB.OwnerSession(ctx, "main", func(s *postgres.Session) error { return s.LockOperation(ctx, a.Number, 0) }))
+	require.NoError(t, env.DB.ReadingSession(ctx, "main", func(s *postgres.Session) error {
+		require.Equal(t, first, pid(s))
+		require.JSONEq(t, fresh, look(s))
+		_, err := s.Exec(ctx, `select from users`)
+		require.Equal(t, "42P01", postgres.SQLState(err))
+		_, err = s.Exec(ctx, `select lastval()`)
+		require.Equal(t, "55000", postgres.SQLState(err))
+		return nil
+	}))
+	// Two at one time are two.
+	require.NoError(t, env.DB.ReadingSession(ctx, "main", func(s *postgres.Session) error {
+		return env.DB.ReadingSession(ctx, "main", func(other *postgres.Session) error {
+			require.NotEqual(t, pid(s), pid(other))
+			return nil
+		})
+	}))
+	env.Invariants(t)
+}
+
+// A connection on which anything went wrong is closed, and with it goes what it held. So is one that has seen many tenants.
+func TestReadingSessionIsClosed(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	a := env.Tenant(t, "acme")
+	admin := pgtest.Admin(t, env.AdminURL)
+	stop := errors.New("stop")
+	// use is how a session is used: as what ends it, with a context of its own.
+	use := func(fn func(ctx context.Context, cancel func(), s *postgres.Session) error) (pid uint32, err error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		err = env.DB.ReadingSession(ctx, "main", func(s *postgres.Session) error {
+			require.NoError(t, s.QueryRow(ctx, `select pg_backend_pid()`).Scan(&pid))
+			require.NoError(t, s.LockOperation(ctx, a.Number, pgtest.Patience), "somebody has left a lock")
+			return fn(ctx, cancel, s)
+		})
+		return pid, err
+	}
+	well := func(context.Context, func(), *postgres.Session) error { return nil }
+	last, err := use(well)
+	require.NoError(t, err)
+	for name, fn := range map[string]func(context.Context, func(), *postgres.Session) error{
+		"an error":  func(context.Context, func(), *postgres.Session) error { return stop },
+		"a panic":   func(context.Context, func(), *postgres.Session) error { panic(stop) },
+		"cancelled": func(_ context.Context, cancel func(), _ *postgres.Session) error { cancel(); return nil },
+		"open":      func(ctx context.Context, _ func(), s *postgres.Session) error { return s.Script(ctx, "begin") },
+		"failed, open": func(ctx context.Context, _ func(), s *postgres.Session) error {
+			_ = s.Script(ctx, "begin; select nonsense")
+			return nil
+		},
+		"rows": func(ctx context.Context, _ func(), s *postgres.Session) error {
+			_, err := s.Query(ctx, "select generate_series(1, 1000000)")
+			return err
+		}, //nolint:rowserrcheck // left open
+		"a broken COPY": func(ctx context.Context, _ func(), s *postgres.Session) error {
+			_, err := s.CopyTo(ctx, failingWriter{stop}, "copy (select generate_series(1, 1000000)) to stdout")
+			require.ErrorIs(t, err, stop)
+			return nil
+		},
+		"its server": func(ctx context.Context, _ func(), s *postgres.Session) error {
+			return s.Script(ctx, "select pg_terminate_backend(pg_backend_pid())")
+		},
+	} {
+		var pid uint32
+		func() {
+			defer func() { require.True(t, name == "a panic" == (recover() != nil)) }()
+			_, _ = use(func(ctx context.Context, cancel func(), s *postgres.Session) error {
+				require.NoError(t, s.QueryRow(ctx, `select pg_backend_pid()`).Scan(&pid))
+				return fn(ctx, cancel, s)
+			})
+		}()
+		require.Equal(t, last, pid, "%s: the one before was used well", name)
+		last, err = use(well)
+		require.NoError(t, err, name)
+		require.NotEqual(t, pid, last, name)
+		require.Eventually(t, func() (gone bool) {
+			require.NoError(t, admin.QueryRow(t.Context(), `select not exists (select from pg_stat_activity where pid = $1)`, int64(pid)).Scan(&gone))
+			return gone
+		}, pgtest.Patience, 10*time.Millisecond, name)
+	}
+	// A server that has ended the session while nobody used it is no failure of whoever comes next.
+	_, err = admin.Exec(t.Context(), `select pg_terminate_backend($1, 60000)`, int64(last))
+	require.NoError(t, err)
+	last, err = use(well)
+	require.NoError(t, err)
+	pids := map[uint32]bool{last: true}
+	for range 99 {
+		pid, err := use(well)
+		require.NoError(t, err)
+		pids[pid] = true
+	}
+	require.Len(t, pids, 1)
+	pid, err := use(well)
+	require.NoError(t, err)
+	require.NotContains(t, pids, pid, "its backend remembers a hundred tenants")
+	env.Invariants(t)
+}
+
+type failingWriter struct{ err error }
+
+func (w failingWriter) Write([]byte) (int, error) { return 0, w.err }
+
+// What is kept is prepared once, and means the same whoever uses it next.
+func TestReadingSessionKeeps(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	ctx := t.Context()
+	for _, schema := range []string{"pg_catalog", "public", "ext"} {
+		require.NoError(t, env.DB.ReadingSession(ctx, "main", func(s *postgres.Session) error {
+			require.NoError(t, s.Script(ctx, "set search_path to ext"))
+			var found string
+			require.NoError(t, s.Kept().QueryRow(ctx, `select nspname from pg_catalog.pg_namespace where nspname = $1`, schema).Scan(&found))
+			require.Equal(t, schema, found)
+			rows, err := s.Kept().Query(ctx, `select 1`)
+			require.NoError(t, err)
+			rows.Close()
+			var kept int
+			require.NoError(t, s.QueryRow(ctx, `select count(*) from pg_prepared_statements`).Scan(&kept))
+			require.Equal(t, 2, kept)
+			return nil
+		}))
+	}
 }

@@ -17,6 +17,7 @@ import (
 // Dir keeps objects as files below a directory. Files are readable by their owner only.
 type Dir struct {
 	path string
+	sync func(*os.File) error // brings a file or a directory to the disk
 }
 
 // NewDir keeps objects below a directory, which is made when the first one is.
@@ -25,7 +26,7 @@ func NewDir(path string) (*Dir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Dir{path: abs}, nil
+	return &Dir{path: abs, sync: (*os.File).Sync}, nil
 }
 
 func (d *Dir) String() string { return d.path }
@@ -42,6 +43,11 @@ func (d *Dir) root(create bool) (*os.Root, error) {
 
 // Put implements Store.
 func (d *Dir) Put(ctx context.Context, name string, write func(io.Writer) error) error {
+	return d.put(ctx, name, write, true)
+}
+
+// put leaves it to whoever is told of a name to bring it to the disk, unless told is set.
+func (d *Dir) put(ctx context.Context, name string, write func(io.Writer) error, told bool) error {
 	if err := checkName(name); err != nil {
 		return err
 	}
@@ -50,11 +56,11 @@ func (d *Dir) Put(ctx context.Context, name string, write func(io.Writer) error)
 		return failed(ctx, err, d)
 	}
 	defer root.Close()
-	if err := makeDir(root, path.Dir(name)); err != nil {
+	if err := makeDir(root, path.Dir(name), d.sync); err != nil {
 		return failed(ctx, err, d)
 	}
 	var theirs error
-	err = writeWhole(ctx, root, name, func(w io.Writer) error {
+	err = writeWhole(ctx, root, name, d.sync, func(w io.Writer) error {
 		theirs = write(writerFunc(func(p []byte) (int, error) {
 			n, err := w.Write(p)
 			return n, failed(ctx, err, d)
@@ -64,11 +70,14 @@ func (d *Dir) Put(ctx context.Context, name string, write func(io.Writer) error)
 	if theirs != nil {
 		return theirs
 	}
+	if err == nil && told {
+		err = syncDir(root, path.Dir(name), d.sync)
+	}
 	return failed(ctx, err, d)
 }
 
 // makeDir makes a directory and those above it, on the disk.
-func makeDir(root *os.Root, dir string) error {
+func makeDir(root *os.Root, dir string, sync func(*os.File) error) error {
 	if _, err := root.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -77,7 +86,7 @@ func makeDir(root *os.Root, dir string) error {
 	}
 	for dir != "." {
 		dir = path.Dir(dir)
-		if err := syncDir(root, dir); err != nil {
+		if err := syncDir(root, dir, sync); err != nil {
 			return err
 		}
 	}
@@ -96,7 +105,10 @@ func WriteFile(ctx context.Context, name string, write func(io.Writer) error) er
 		return err
 	}
 	defer root.Close()
-	return writeWhole(ctx, root, filepath.Base(name), write)
+	if err := writeWhole(ctx, root, filepath.Base(name), (*os.File).Sync, write); err != nil {
+		return err
+	}
+	return syncDir(root, ".", (*os.File).Sync)
 }
 
 // WriteDir makes a directory of the files that write creates in it, by names without a slash: it is there with all of
@@ -139,14 +151,14 @@ func WriteDir(ctx context.Context, name string, write func(create func(name stri
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := syncDir(in, "."); err != nil {
+	if err := syncDir(in, ".", (*os.File).Sync); err != nil {
 		return err
 	}
 	// It takes the place of no other one: a directory that holds something is not replaced.
 	if err := root.Rename(tmp, base); err != nil {
 		return err
 	}
-	return syncDir(root, ".")
+	return syncDir(root, ".", (*os.File).Sync)
 }
 
 // synced is a file that is on the disk when it is closed.
@@ -160,7 +172,8 @@ const temporary = ".oneo-partial-"
 // stale is when a file that was being written belongs to a process that is dead: no archive takes so long.
 const stale = 7 * 24 * time.Hour
 
-func writeWhole(ctx context.Context, root *os.Root, name string, write func(io.Writer) error) (err error) {
+// writeWhole writes a file and then gives it its name, which is on the disk once its directory is: only then it may be told.
+func writeWhole(ctx context.Context, root *os.Root, name string, sync func(*os.File) error, write func(io.Writer) error) (err error) {
 	dir := path.Dir(name)
 	sweep(root, dir)
 	tmp := path.Join(dir, temporary+rand.Text())
@@ -180,26 +193,23 @@ func writeWhole(ctx context.Context, root *os.Root, name string, write func(io.W
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	// Only what has reached the disk gets the name, and only a name that has reached the disk is told.
-	if err := f.Sync(); err != nil {
+	// Only what has reached the disk gets the name.
+	if err := sync(f); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
 		return err
 	}
-	if err := root.Rename(tmp, name); err != nil {
-		return err
-	}
-	return syncDir(root, dir)
+	return root.Rename(tmp, name)
 }
 
-func syncDir(root *os.Root, dir string) error {
+func syncDir(root *os.Root, dir string, sync func(*os.File) error) error {
 	d, err := root.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	return sync(d)
 }
 
 // sweep takes away what processes that died have left behind. What it cannot take away is in nobody's way.
@@ -302,8 +312,12 @@ func (d *Dir) List(ctx context.Context, prefix string) ([]Object, error) {
 		return nil, failed(ctx, err, d)
 	}
 	defer root.Close()
+	from := path.Dir(prefix) // what else there is may be a lot
+	if !fs.ValidPath(from) {
+		from = "."
+	}
 	var all []Object
-	err = fs.WalkDir(root.FS(), ".", func(name string, e fs.DirEntry, err error) error {
+	err = fs.WalkDir(root.FS(), from, func(name string, e fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) { // deleted meanwhile
 			return nil
 		}

@@ -36,6 +36,20 @@ type Store interface {
 	String() string
 }
 
+// PutAhead is Put for an object that is nothing without a second one, of a name in the same folder, that is Put behind it: until that Put
+// has returned, a loss of power may take the first one's name away, and never a part of what it holds.
+//
+// A directory is then brought to the disk once for both. What has a name is whole, because a file gets it when it is on the disk
+// itself, and the second Put brings both names there before it is told. In between, file systems with a journal (ext4, XFS, Btrfs) bring names there in
+// the order in which they were given, so that there is no second one without the first. One that does not shows the second one alone, of what
+// nobody was told of: whoever reads it must look whether the first one is there.
+func PutAhead(ctx context.Context, s Store, name string, write func(io.Writer) error) error {
+	if d, is := s.(*Dir); is {
+		return d.put(ctx, name, write, false)
+	}
+	return s.Put(ctx, name, write)
+}
+
 // Object is one thing in a store.
 type Object struct {
 	Name     string

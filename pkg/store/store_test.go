@@ -278,6 +278,35 @@ func TestFiles(t *testing.T) {
 	}
 }
 
+// What a directory tells is on the disk: each file before it has its name, and the names before the last Put returns, which
+// brings that of a Put ahead of it along.
+func TestOnTheDisk(t *testing.T) {
+	t.Parallel()
+	path := t.TempDir()
+	s, err := store.NewDir(path)
+	require.NoError(t, err)
+	require.NoError(t, s.Put(t.Context(), "a/made", text("")))
+	var synced []string
+	s.Synced(func(f *os.File) {
+		info, err := f.Stat()
+		require.NoError(t, err)
+		what := fmt.Sprintf("file of %d", info.Size())
+		if info.IsDir() {
+			what = filepath.Base(f.Name())
+		}
+		synced = append(synced, fmt.Sprint(what, " ", names(t, s, "a/")))
+	})
+	require.NoError(t, store.PutAhead(t.Context(), s, "a/first", text("first")))
+	require.NoError(t, s.Put(t.Context(), "a/second", text("second")))
+	require.Equal(t, []string{
+		"file of 5 [a/made]", "file of 6 [a/first a/made]", "a [a/first a/made a/second]",
+	}, synced)
+	require.Equal(t, "first", read(t, s, "a/first"))
+	synced = nil
+	require.NoError(t, s.Put(t.Context(), "a/first", text("alone")))
+	require.Len(t, synced, 2)
+}
+
 // Who writes takes away what is old beside it, and leaves what is not its own.
 func TestLeftovers(t *testing.T) {
 	t.Parallel()
