@@ -126,12 +126,14 @@ const clearing = `close all; set session authorization default; reset all; unlis
 discard temp; discard sequences;
 `
 
-// clear makes the session as a new one is, and reports whether it may be used again.
+// clear makes the session as a new one is, and reports whether it may be used again. One whose ctx has ended may not: a request to cancel a
+// statement may still be under way to the server, and would meet the next one's. The pool itself keeps no connection that is closed,
+// busy or in a transaction.
 func (s *Session) clear(ctx context.Context) bool {
-	uses, _ := s.conn.PgConn().CustomData()[sessionUsesKey].(int)
-	s.conn.PgConn().CustomData()[sessionUsesKey] = uses + 1
-	// A request to cancel a statement may still be under way to the server, and would meet the next one's.
-	if ctx.Err() != nil || uses+1 >= sessionUses || s.conn.IsClosed() || s.conn.PgConn().IsBusy() || s.conn.PgConn().TxStatus() != 'I' {
+	data := s.conn.PgConn().CustomData()
+	uses, _ := data[sessionUsesKey].(int)
+	data[sessionUsesKey] = uses + 1
+	if uses+1 >= sessionUses {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.group.opts.AcquireTimeout)

@@ -74,7 +74,7 @@ func TestReadingSessionIsCleared(t *testing.T) {
 	require.NoError(t, err)
 	var role string
 	require.NoError(t, admin.QueryRow(ctx, `select role from public.placements where number = $1`, a.Number).Scan(&role))
-	_, err = admin.Exec(ctx, `grant `+role+` to oneo_owner`)
+	_, err = admin.Exec(ctx, `create sequence public.asked; grant usage on sequence public.asked to oneo_owner; grant `+role+` to oneo_owner`)
 	require.NoError(t, err)
 	// What a session is: what it has set, who works, what it holds and what it has made.
 	const state = `select ((select jsonb_object_agg(name, setting) from pg_settings where source = 'session' and name <> 'plan_cache_mode') || jsonb_build_object('role', current_user, 'session', session_user,
@@ -100,7 +100,7 @@ func TestReadingSessionIsCleared(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, s.Timeouts(ctx, 0, time.Hour))
 		require.NoError(t, s.Script(ctx, `set timezone to 'Asia/Tokyo'; set datestyle to 'German'; set extra_float_digits to 0; listen something`))
-		require.NoError(t, s.Script(ctx, `create temp table users (id int); create temp sequence n; select nextval('n')`))
+		require.NoError(t, s.Script(ctx, `create temp table users (id int); select nextval('public.asked')`))
 		require.NoError(t, s.Tx(ctx, func() error { return s.Script(ctx, `declare c cursor with hold for select 1`) }))
 		require.NoError(t, s.Script(ctx, `set role `+postgres.Quote(role)))
 		require.NotEqual(t, fresh, look(s))
