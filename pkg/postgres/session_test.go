@@ -164,7 +164,7 @@ func TestReadingSessionIsClosed(t *testing.T) {
 		"rows": func(ctx context.Context, _ func(), s *postgres.Session) error {
 			_, err := s.Query(ctx, "select generate_series(1, 1000000)")
 			return err
-		}, //nolint:rowserrcheck // left open
+		},
 		"a broken COPY": func(ctx context.Context, _ func(), s *postgres.Session) error {
 			_, err := s.CopyTo(ctx, failingWriter{stop}, "copy (select generate_series(1, 1000000)) to stdout")
 			require.ErrorIs(t, err, stop)
