@@ -8,12 +8,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/fleet"
-	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/pkg/transfer"
 )
@@ -48,6 +46,7 @@ type backupVerifyOptions struct {
 	all       bool
 	restore   bool
 	checksums bool
+	sample    int
 }
 
 func newBackupVerifyCmd(e *env) *cobra.Command {
@@ -62,8 +61,12 @@ With --restore each backup is also restored, into a schema that nobody sees in a
 rolled back: rows are counted, indexes and constraints are made, the structure is compared, and it is
 migrated to the newest version. That writes as much into the database as a restore does.
 
+BACKUP may be a full backup: then all of its archives are read, and that its manifest is whole is proved. With
+--restore its tenants are restored as well, one by one, or with --sample N so many of them, chosen at random;
+those that were erased since are left out. The shared tables are only read.
+
 The exit code is 14 when a backup is not what was written.`,
-		Example: "  oneo backup verify 3f2a9c41 --restore\n  oneo backup verify -t acme\n  oneo backup verify --all --checksums",
+		Example: "  oneo backup verify 3f2a9c41 --restore\n  oneo backup verify 7be2c621f00984ad --restore --sample 20\n  oneo backup verify -t acme\n  oneo backup verify --all --checksums",
 		Args:    usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -77,6 +80,7 @@ The exit code is 14 when a backup is not what was written.`,
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	f.BoolVar(&o.all, "all", false, "all backups that there are")
 	f.BoolVar(&o.restore, "restore", false, "restore it as well, and take it back")
+	f.IntVar(&o.sample, "sample", 0, "with --restore, so many of a full backup's tenants; 0: all of them")
 	f.BoolVar(&o.checksums, "checksums", false, "compare bytes only")
 	o.bind(cmd)
 	return cmd
@@ -127,6 +131,9 @@ func backupVerify(ctx context.Context, e *env, o backupVerifyOptions) error {
 	if o.restore && o.checksums {
 		return errUsage{fault.New(fault.Invalid, "--restore and --checksums exclude each other")}
 	}
+	if o.sample < 0 || o.sample > 0 && (!o.restore || o.id == "") {
+		return errUsage{fault.New(fault.Invalid, "--sample must not be below 0, and goes with --restore and the id of a full backup")}
+	}
 	a, b, err := e.backups()
 	if err != nil {
 		return err
@@ -145,6 +152,9 @@ func backupVerify(ctx context.Context, e *env, o backupVerifyOptions) error {
 				return err
 			}
 			return verifyFull(ctx, e, b, f, o, ids)
+		}
+		if o.sample > 0 {
+			return errUsage{fault.New(fault.Invalid, "--sample is for full backups; %s is one of %s alone", m.ID, m.Slug)}
 		}
 		c.Backups = []backup.Manifest{m}
 	case o.all:
@@ -170,19 +180,11 @@ func backupVerify(ctx context.Context, e *env, o backupVerifyOptions) error {
 		case o.checksums:
 			return b.Checksum(ctx, c.Manifest)
 		case o.restore:
-			_, err := b.Try(ctx, c.Manifest, groupOf(a, c.Manifest), transfer.Loading{Identities: ids, CustomDDL: o.customDDL, Actor: e.actor()})
+			_, err := b.Try(ctx, c.Manifest, "", transfer.Loading{Identities: ids, CustomDDL: o.customDDL, Actor: e.actor()})
 			return err
 		}
 		return b.Verify(ctx, c.Manifest, ids)
 	})
-}
-
-// groupOf is where a backup is tried: its tenant's group, or main when that is not configured here.
-func groupOf(a *app.App, m backup.Manifest) string {
-	if slices.Contains(a.DB.Groups(), m.Group) {
-		return m.Group
-	}
-	return postgres.MainGroup
 }
 
 // check does something with backups and reports it; odd says that there are things that are none. One backup's error is the command's.
@@ -250,6 +252,9 @@ func newBackupDrillCmd(e *env) *cobra.Command {
 		Use: "drill", Short: "Restore a sample of tenants and take it back, to prove that it can be done",
 		Long: `Restore the newest backup of some of the selected tenants, chosen at random, into schemas that nobody
 sees, compare what comes of it as ` + "`oneo backup verify --restore`" + ` does, and take it back. The tenants themselves are not touched.
+
+The newest backup is the one whose rows are the youngest: one of the tenant's own, or its archive in a full backup where
+that is younger than all of its own. One that says that it is of the future counts only where there is no other.
 
 The last restore that was proved of each tenant is remembered; --dry-run shows it for all that are
 selected, beside their newest backups. A tenant without a backup has failed.`,
@@ -340,10 +345,11 @@ func backupDrill(ctx context.Context, e *env, o backupDrillOptions) error {
 		ts = ts[:n]
 		slices.SortFunc(ts, func(a, b tenant.Tenant) int { return int(a.Number) - int(b.Number) })
 	}
-	newest, err := newestOf(ctx, b, ts)
+	newest, bad, err := b.Provable(ctx, idsOf(ts))
 	if err != nil {
 		return err
 	}
+	e.sayOddFull(bad)
 	if o.dryRun {
 		proofs, err := b.Proofs(ctx)
 		if err != nil {
@@ -371,29 +377,13 @@ func backupDrill(ctx context.Context, e *env, o backupDrillOptions) error {
 		}
 	}
 	return check(ctx, e, items, false, o.jobs, func(c checked) error {
-		start := time.Now()
-		_, err := b.Try(ctx, c.Manifest, groupOf(a, c.Manifest), transfer.Loading{Identities: ids, CustomDDL: o.customDDL, Actor: e.actor()})
-		if err != nil {
-			return err
-		}
-		return b.Remember(ctx, c.number, c.Manifest, time.Since(start))
+		return b.Drill(ctx, c.number, c.Manifest, transfer.Loading{Identities: ids, CustomDDL: o.customDDL, Actor: e.actor()})
 	})
 }
 
-// newestOf are the newest backups of tenants by their ids.
-func newestOf(ctx context.Context, b *backup.Backups, ts []tenant.Tenant) (map[string]backup.Manifest, error) {
-	newest := map[string]backup.Manifest{}
-	if len(ts) <= 10 {
-		for _, t := range ts {
-			m, err := b.Newest(ctx, t.ID)
-			if err == nil {
-				newest[t.ID] = m
-			} else if !fault.Is(err, fault.NotFound) {
-				return nil, err
-			}
-		}
-		return newest, nil
+func idsOf(ts []tenant.Tenant) (ids []string) {
+	for _, t := range ts {
+		ids = append(ids, t.ID)
 	}
-	c, err := b.List(ctx, "")
-	return c.Newest(), err
+	return ids
 }

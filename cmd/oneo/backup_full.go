@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -140,13 +142,34 @@ func findFull(ctx context.Context, b *backup.Backups, id string, err error) (f b
 	return f, ferr == nil, ferr
 }
 
-// verifyFull proves a full backup.
+// verifyFull proves a full backup, and restores its tenants where that is asked for.
 func verifyFull(ctx context.Context, e *env, b *backup.Backups, f backup.Full, o backupVerifyOptions, ids []archive.Identity) error {
+	items := []checked{{Manifest: backup.Manifest{ID: f.ID, Slug: "(database)", Made: f.Made, Rows: f.Rows(), Bytes: f.Bytes()}}}
 	if o.restore {
-		return errUsage{fault.New(fault.Unsupported, "a full backup is not restored to be proved").WithHint("restore it into an empty database: oneo restore --database %s", f.ID)}
+		tries, erased, err := b.Triable(ctx, f)
+		if err != nil {
+			return err
+		}
+		if erased > 0 {
+			e.say("%d tenant(s) were erased since, and are not restored", erased)
+		}
+		if n := o.sample; n > 0 && n < len(tries) {
+			e.say("%d of %d tenant(s) are restored, chosen at random", n, len(tries))
+			rand.Shuffle(len(tries), func(i, j int) { tries[i], tries[j] = tries[j], tries[i] })
+			tries = tries[:n]
+		}
+		slices.SortFunc(tries, func(a, b backup.Manifest) int { return strings.Compare(a.Slug, b.Slug) })
+		for _, m := range tries {
+			items = append(items, checked{Manifest: m})
+		}
 	}
-	item := checked{Manifest: backup.Manifest{ID: f.ID, Slug: "(database)", Made: f.Made, Rows: f.Rows(), Bytes: f.Bytes()}}
-	return check(ctx, e, []checked{item}, false, 1, func(checked) error { return b.VerifyFull(ctx, f, o.jobs, o.checksums, ids) })
+	return check(ctx, e, items, false, o.jobs, func(c checked) error {
+		if c.Tenant == "" {
+			return b.VerifyFull(ctx, f, o.jobs, o.checksums, ids)
+		}
+		_, err := b.Try(ctx, c.Manifest, "", transfer.Loading{Identities: ids, CustomDDL: o.customDDL, Actor: e.actor()})
+		return err
+	})
 }
 
 func keepFull(ctx context.Context, e *env, b *backup.Backups, id string, remove bool, reason string) error {

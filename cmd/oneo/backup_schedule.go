@@ -184,7 +184,7 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 				return err
 			}
 			ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return t.CreatedAt.After(promised) })
-			newest, err := newestOf(ctx, b, ts)
+			newest, err := b.NewestOf(ctx, idsOf(ts))
 			if err != nil {
 				return err
 			}

@@ -517,9 +517,12 @@ func (b *Backups) FindFull(ctx context.Context, id string) (f Full, err error) {
 	return f, fault.New(fault.Invalid, "the ids of %d full backups begin with %s", len(found), id).WithCode("ambiguous_backup").WithHint("oneo backup list --database; give more of the id")
 }
 
-// VerifyFull proves each archive of a full backup as Verify does, or with checksums as Checksum does. Those of tenants that were erased since
-// may be gone. The first fault comes back, with all others.
+// VerifyFull proves each archive of a full backup as Verify does, or with checksums as Checksum does, and that it begins with the registry and has
+// each tenant once. Archives of tenants that were erased since may be gone. The first fault comes back, with all others.
 func (b *Backups) VerifyFull(ctx context.Context, f Full, jobs int, checksums bool, identities []archive.Identity) error {
+	if err := f.whole(); err != nil {
+		return err
+	}
 	erased, err := b.erased(ctx)
 	if err != nil {
 		return err
@@ -664,4 +667,31 @@ func (f Full) main() (FullGroup, error) {
 		return FullGroup{}, fault.New(fault.Unverified, "the manifest of the full backup %s does not begin with the registry", f.ID).WithCode("backup_damaged")
 	}
 	return f.Groups[0], nil
+}
+
+// whole refuses what no full backup is: one that does not begin with the registry, or that has a group or a tenant twice, or another backup's objects.
+func (f Full) whole() error {
+	if _, err := f.main(); err != nil {
+		return err
+	}
+	bad := func(what string) error {
+		return fault.New(fault.Unverified, "the manifest of the full backup %s %s", f.ID, what).WithCode("backup_damaged")
+	}
+	groups, tenants := map[string]bool{}, map[string]bool{}
+	for _, g := range f.Groups {
+		if groups[g.Name] {
+			return bad("has the group " + g.Name + " twice")
+		}
+		groups[g.Name] = true
+	}
+	for _, m := range f.Archives() {
+		switch {
+		case !strings.HasPrefix(m.Name, fullPrefix+f.ID+"/"+m.Group+"/"):
+			return bad("has the object of another one: " + m.Name)
+		case m.Tenant != "" && tenants[m.Tenant]:
+			return bad("has the tenant " + m.Slug + " twice")
+		}
+		tenants[m.Tenant] = true
+	}
+	return nil
 }

@@ -865,3 +865,101 @@ func TestFullKnowsTheSharedTables(t *testing.T) {
 	require.NoError(t, err)
 	require.ElementsMatch(t, append(in, out...), have, "a shared table is in neither list, here and in pkg/transfer")
 }
+
+// A full backup is proved archive by archive, and its tenants are restored in their groups and taken back; a drill takes a tenant's archive
+// of it where the tenant has no backup of its own that is newer.
+func TestFullTried(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f := newPlace(t, dir)
+	ctx := t.Context()
+	one, two, three := f.tenant("acme", "main", 3), f.tenant("beta", "second", 40), f.tenant("gamma", "second", 2)
+	ids := []string{one.ID, two.ID}
+	old, err := f.Create(ctx, two, backup.CreateOptions{})
+	require.NoError(t, err)
+	newest := func() map[string]backup.Manifest {
+		t.Helper()
+		ms, bad, err := f.Provable(ctx, ids)
+		require.NoError(t, err)
+		require.Empty(t, bad)
+		return ms
+	}
+	require.Equal(t, old.ID, newest()[two.ID].ID)
+	require.NotContains(t, newest(), one.ID)
+	_, err = f.p.Erase(ctx, three.Slug, provision.EraseRequest{KeepArchives: true, Actor: "test"})
+	require.NoError(t, err)
+	four := f.tenant("delta", "second", 2)
+	made := f.full(backup.FullOptions{})
+	_, err = f.p.Erase(ctx, four.Slug, provision.EraseRequest{KeepArchives: true, Actor: "test"})
+	require.NoError(t, err)
+
+	require.NoError(t, f.VerifyFull(ctx, made, 2, false, nil))
+	tries, erased, err := f.Triable(ctx, made)
+	require.NoError(t, err)
+	require.Equal(t, 1, erased, "who is erased is not restored, also where its archive is left")
+	require.Len(t, tries, 2)
+	state := f.state()
+	for _, m := range tries {
+		trailer, err := f.Try(ctx, m, "", transfer.Loading{Actor: "test"})
+		require.NoError(t, err)
+		require.Equal(t, map[string]int64{"acme": 3, "beta": 40}[m.Slug], trailer.Rows())
+	}
+	require.Equal(t, state, f.state(), "all of it was taken back")
+
+	require.Equal(t, made.ID, newest()[one.ID].ID)
+	require.Equal(t, made.ID, newest()[two.ID].ID, "it is newer than the tenant's own")
+	own, err := f.NewestOf(ctx, ids)
+	require.NoError(t, err)
+	require.Equal(t, old.ID, own[two.ID].ID)
+	require.NotContains(t, own, one.ID)
+	require.NoError(t, f.Drill(ctx, one.Number, newest()[one.ID], transfer.Loading{Actor: "test"}))
+	proofs, err := f.Proofs(ctx)
+	require.NoError(t, err)
+	require.Equal(t, made.ID, proofs[one.Number].Backup)
+	require.Equal(t, int64(3), proofs[one.Number].Rows)
+	later, err := f.Create(ctx, two, backup.CreateOptions{})
+	require.NoError(t, err)
+	require.Equal(t, later.ID, newest()[two.ID].ID, "the tenant's own is newer")
+
+	// What is not as it must be in a manifest, whoever has signed it.
+	unverified := func(err error) {
+		t.Helper()
+		require.True(t, fault.Is(err, fault.Unverified), "%v", err)
+	}
+	other := made
+	other.Groups = []backup.FullGroup{made.Groups[1], made.Groups[0]}
+	unverified(f.VerifyFull(ctx, other, 1, true, nil))
+	other.Groups = []backup.FullGroup{made.Groups[0], made.Groups[1], made.Groups[1]}
+	unverified(f.VerifyFull(ctx, other, 1, true, nil))
+	twice := made.Groups[1]
+	twice.Tenants = append(twice.Tenants[:1:1], twice.Tenants[0])
+	other.Groups = []backup.FullGroup{made.Groups[0], twice}
+	unverified(f.VerifyFull(ctx, other, 1, true, nil))
+	other = made
+	other.ID = "0000000000000000"
+	unverified(f.VerifyFull(ctx, other, 1, true, nil))
+	elsewhere := tries[1]
+	elsewhere.Group = "main"
+	unverified(f.Verify(ctx, elsewhere, nil))
+
+	// A byte of one tenant's archive has changed: that tenant fails, and is not remembered as proved.
+	path := filepath.Join(dir, filepath.FromSlash(tries[0].Name))
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	text[len(text)/2] ^= 1
+	require.NoError(t, os.WriteFile(path, text, 0o600))
+	unverified(f.VerifyFull(ctx, made, 2, false, nil))
+	_, err = f.admin["main"].Exec(ctx, `delete from public.proofs`)
+	require.NoError(t, err)
+	unverified(f.Drill(ctx, one.Number, tries[0], transfer.Loading{Actor: "test"}))
+	proofs, err = f.Proofs(ctx)
+	require.NoError(t, err)
+	require.Empty(t, proofs)
+	require.NoError(t, f.Drill(ctx, two.Number, tries[1], transfer.Loading{Actor: "test"}))
+	// One whose manifest cannot be believed does not count, and is told.
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "full", made.ID, "manifest.json"), []byte("{}"), 0o600))
+	ms, bad, err := f.Provable(ctx, ids)
+	require.NoError(t, err)
+	require.Len(t, bad, 1)
+	require.NotContains(t, ms, one.ID)
+}

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 
 	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/transfer"
 )
 
@@ -62,8 +64,14 @@ func (b *Backups) Checksum(ctx context.Context, m Manifest) error {
 	return err
 }
 
-// Try restores a backup into a schema that nobody sees, in the database of a group, and takes it back: see transfer.Try.
+// Try restores a backup into a schema that nobody sees, in the database of a group, and takes it back: see transfer.Try. Without a group
+// it is the tenant's, or main where that is not configured.
 func (b *Backups) Try(ctx context.Context, m Manifest, group string, o transfer.Loading) (archive.Trailer, error) {
+	if group == "" {
+		if group = m.Group; !slices.Contains(b.o.DB.Groups(), group) {
+			group = postgres.MainGroup
+		}
+	}
 	in, err := b.Open(ctx, m)
 	if err != nil {
 		return archive.Trailer{}, err
@@ -79,7 +87,7 @@ func (b *Backups) Try(ctx context.Context, m Manifest, group string, o transfer.
 
 // describes refuses an archive that is not the one that the manifest is about, before its rows are read.
 func (m Manifest) describes(h archive.Header) error {
-	if h.Tenant != m.Tenant || h.Installation != m.Installation || h.Version() != m.Version || !h.Made.Equal(m.Made) {
+	if h.Tenant != m.Tenant || h.Group != m.Group || h.Installation != m.Installation || h.Version() != m.Version || !h.Made.Equal(m.Made) {
 		return fault.New(fault.Unverified, "the archive is that of %s from %s, and not the one that was written", h.Slug, h.Made.UTC().Format(stamp)).WithCode("backup_damaged")
 	}
 	return nil
