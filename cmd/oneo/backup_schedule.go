@@ -23,10 +23,11 @@ type backupScheduleOptions struct {
 func newBackupScheduleCmd(e *env) *cobra.Command {
 	var o backupScheduleOptions
 	cmd := &cobra.Command{
-		Use: "schedule", Short: "Show what `oneo serve` backs up by itself, and what was missed",
+		Use: "schedule", Short: "Show what `oneo serve` backs up and proves by itself, and what was missed",
 		Long: `Show the schedules of backup.schedules: when each one's time comes next, what became of the last time that
 was taken on, and how many passed without a backup, which is when no server was there, or the backup before was
-still at work. Times are UTC.
+still at work. Those of the kind drill restore backups and take them back, as ` + "`oneo backup drill`" + ` does, and make
+none. Times are UTC.
 
 A schedule is overdue when its time has passed and no server has looked for five minutes, and new until one
 has. --late shows the selected tenants whose newest backup is older than the schedule promises: than its last
@@ -59,6 +60,12 @@ func when(t *time.Time) any {
 
 var scheduledColumns = []column[scheduled]{
 	{"SCHEDULE", "schedule", func(s scheduled) any { return s.Schedule.Name }},
+	{"KIND", "kind", func(s scheduled) any {
+		if s.IsDrill() {
+			return config.KindDrill
+		}
+		return config.KindBackup
+	}},
 	{"STATE", "state", func(s scheduled) any { return s.state }},
 	{"CRON", "cron", func(s scheduled) any { return s.Cron }},
 	{"ZONE", "time_zone", func(s scheduled) any {
@@ -122,7 +129,7 @@ func backupSchedule(ctx context.Context, e *env, o backupScheduleOptions) error 
 		}
 	}
 	if len(bad) > 0 {
-		return fault.New(fault.Pending, "scheduled backups are not as they should be: %s", strings.Join(bad, ", ")).WithCode("schedules_unhealthy").
+		return fault.New(fault.Pending, "schedules are not as they should be: %s", strings.Join(bad, ", ")).WithCode("schedules_unhealthy").
 			WithHint("look into the log of `oneo serve`; oneo backup create makes a backup now")
 	}
 	return nil
@@ -178,6 +185,9 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 			return err
 		}
 		for _, r := range rows {
+			if r.IsDrill() { // it promises no backup
+				continue
+			}
 			promised := r.promise()
 			ts, err := a.Selected(ctx, r.Select)
 			if err != nil {

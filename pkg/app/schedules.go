@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -82,26 +83,47 @@ func (a *App) Scheduler() (*schedule.Scheduler, error) {
 	return schedule.New(schedule.Options{
 		DB: a.DB, Schedules: list, StaleAfter: a.Config.Migrate.StaleAfter, Logger: a.Log,
 		Do: func(ctx context.Context, t *schedule.Taken) (schedule.Result, error) {
-			for _, c := range a.Config.Backup.Schedules {
-				if c.Name == t.Schedule {
-					return a.backUpOnSchedule(ctx, b, c, t)
-				}
+			c, found := a.configured(t.Schedule)
+			switch {
+			case !found:
+				return schedule.Result{}, fmt.Errorf("there is no schedule %s", t.Schedule)
+			case c.IsDrill():
+				return a.drillOnSchedule(ctx, b, c, t)
 			}
-			return schedule.Result{}, fmt.Errorf("there is no schedule %s", t.Schedule)
+			return a.backUpOnSchedule(ctx, b, c, t)
 		},
 		Alarm: a.alarm,
 	})
 }
 
+// configured is the schedule of a name.
+func (a *App) configured(name string) (c config.Schedule, found bool) {
+	i := slices.IndexFunc(a.Config.Backup.Schedules, func(c config.Schedule) bool { return c.Name == name })
+	if i < 0 {
+		return c, false
+	}
+	return a.Config.Backup.Schedules[i], true
+}
+
 // alarmWait is how long the program of an alarm may take.
 const alarmWait = 30 * time.Second
 
+// raised is what the program of an alarm is told.
+type raised struct {
+	schedule.Alarm
+	Kind string `json:"kind"`
+}
+
 func (a *App) alarm(ctx context.Context, al schedule.Alarm) {
-	texts := map[string]string{
-		schedule.CodeMissed: "a scheduled backup was missed", schedule.CodeFailed: "a scheduled backup has failed",
-		schedule.CodeStuck: "a scheduled backup cannot be made; it is tried on",
+	kind := config.KindBackup
+	if c, _ := a.configured(al.Schedule); c.IsDrill() {
+		kind = config.KindDrill
 	}
-	attrs := []any{"code", al.Code, "schedule", al.Schedule, "due_at", al.Due, "missed", al.Missed, "ok", al.OK, "failed", al.Failed}
+	texts := map[string]string{
+		schedule.CodeMissed: "a scheduled " + kind + " was missed", schedule.CodeFailed: "a scheduled " + kind + " has failed",
+		schedule.CodeStuck: "a scheduled " + kind + " cannot be done; it is tried on",
+	}
+	attrs := []any{"code", al.Code, "kind", kind, "schedule", al.Schedule, "due_at", al.Due, "missed", al.Missed, "ok", al.OK, "failed", al.Failed}
 	if al.Run != nil {
 		attrs = append(attrs, "run", *al.Run)
 	}
@@ -109,7 +131,7 @@ func (a *App) alarm(ctx context.Context, al schedule.Alarm) {
 		attrs = append(attrs, "error", al.Error)
 	}
 	a.Log.ErrorContext(ctx, texts[al.Code], attrs...)
-	if err := backup.Tell(context.WithoutCancel(ctx), "alarm", a.Config.Backup.Alarm, a.Environ, alarmWait, al); err != nil {
+	if err := backup.Tell(context.WithoutCancel(ctx), "alarm", a.Config.Backup.Alarm, a.Environ, alarmWait, raised{al, kind}); err != nil {
 		a.Log.ErrorContext(ctx, "the program of backup.alarm failed", "code", "alarm_failed", "error", err)
 	}
 }
@@ -126,9 +148,20 @@ const (
 	// scheduledJobs is how many tenants are backed up at one time unless the schedule says another number: there are
 	// servers in the same process.
 	scheduledJobs = 2
-	// retriesMost is how often a run's failed tenants are tried once more, by itself: after one minute, four and sixteen.
+	// retriesMost is how often a run's failed tenants are tried once more, by itself: after one minute, four and sixteen. So is a drill
+	// that has met with an error that may pass.
 	retriesMost = 3
 )
+
+// scheduledJobs is how many tenants of a schedule are worked on at one time. One connection of the owner's is the run's own, and the
+// server needs some, too.
+func (a *App) scheduledJobs(c config.Schedule) int {
+	jobs := c.Jobs
+	if jobs == 0 {
+		jobs = scheduledJobs
+	}
+	return min(jobs, max(1, a.Config.Database.OwnerConns-2))
+}
 
 func retryAfter(tries int) time.Duration { return time.Minute << (2 * tries) }
 
@@ -166,7 +199,7 @@ func (a *App) backUpOnSchedule(ctx context.Context, b *backup.Backups, c config.
 			return a.endScheduled(ctx, b, c, run)
 		}
 		mine = false
-		if run, err = a.workOnBackups(ctx, b, run, c.Jobs); err != nil {
+		if run, err = a.workOnBackups(ctx, b, run, a.scheduledJobs(c)); err != nil {
 			return schedule.Result{}, err
 		}
 	}
@@ -233,9 +266,6 @@ func (a *App) abortOlder(ctx context.Context, name string, due time.Time) error 
 // workOnBackups works on a run of backups until it is over. When ctx ends, the tenants in hand are finished, for as long as
 // the server's grace; then they are broken off, and begun again by whoever goes on with the run.
 func (a *App) workOnBackups(ctx context.Context, b *backup.Backups, run rollout.Run, jobs int) (rollout.Run, error) {
-	if jobs == 0 {
-		jobs = scheduledJobs
-	}
 	interrupt, breakOff := context.WithCancel(context.WithoutCancel(ctx))
 	defer breakOff()
 	defer context.AfterFunc(ctx, func() {
@@ -245,8 +275,6 @@ func (a *App) workOnBackups(ctx context.Context, b *backup.Backups, run rollout.
 	looking, stop := context.WithCancel(ctx)
 	defer stop()
 	brake := a.Brake(looking, true)
-	// One connection of the owner's is the run's own, and the server needs some, too.
-	jobs = min(jobs, max(1, a.Config.Database.OwnerConns-2))
 	o := rollout.WorkOptions{Jobs: jobs, Patience: a.Config.Migrate.Patience, Hold: brake.Hold, Yields: brake.Yields, Share: a.Config.Migrate.LiveShare}
 	var req BackupRequest
 	if err := json.Unmarshal(run.Request, &req); err != nil {

@@ -929,7 +929,9 @@ func TestFullTried(t *testing.T) {
 	other := made
 	other.Groups = []backup.FullGroup{made.Groups[1], made.Groups[0]}
 	unverified(f.VerifyFull(ctx, other, 1, true, nil))
-	other.Groups = []backup.FullGroup{made.Groups[0], made.Groups[1], made.Groups[1]}
+	again := made.Groups[1]
+	again.Tenants = nil
+	other.Groups = []backup.FullGroup{made.Groups[0], made.Groups[1], again}
 	unverified(f.VerifyFull(ctx, other, 1, true, nil))
 	twice := made.Groups[1]
 	twice.Tenants = append(twice.Tenants[:1:1], twice.Tenants[0])

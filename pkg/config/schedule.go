@@ -15,15 +15,34 @@ import (
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
-// Schedule says when which tenants are backed up by `oneo serve`.
+// The kinds of schedules.
+const (
+	KindBackup = "backup"
+	KindDrill  = "drill"
+)
+
+// Schedule says when which tenants are backed up by `oneo serve`, or when it is proved that they can be restored.
 type Schedule struct {
 	Name     string        `mapstructure:"name"`
+	Kind     string        `mapstructure:"kind"` // empty: KindBackup
 	Cron     string        `mapstructure:"cron"`
 	TimeZone string        `mapstructure:"time_zone"` // empty: UTC
 	Jitter   time.Duration `mapstructure:"jitter"`    // a due time is begun at most so much later
 	Jobs     int           `mapstructure:"jobs"`      // tenants at one time; 0: 2
 	Select   Select        `mapstructure:"select"`
-	Keep     Keep          `mapstructure:"keep"` // what is pruned behind it; zero: nothing
+	Keep     Keep          `mapstructure:"keep"`   // of a backup: what is pruned behind it; zero: nothing
+	Sample   *int          `mapstructure:"sample"` // of a drill: so many of the tenants, 0: all; nil: 5
+}
+
+// IsDrill reports whether the schedule proves backups, and makes none.
+func (s Schedule) IsDrill() bool { return s.Kind == KindDrill }
+
+// Drilled is how many of the selected tenants a drill restores; 0: all.
+func (s Schedule) Drilled() int {
+	if s.Sample == nil {
+		return 5
+	}
+	return *s.Sample
 }
 
 // Select says which tenants are meant, in the words of the commands' flags.
@@ -50,11 +69,14 @@ func (s Schedule) String() string {
 	return fmt.Sprintf("%s (%s)", s.Name, s.Spec())
 }
 
-// Spec is what the due times follow from.
+// Spec is what the due times follow from, and of what: where it changes, they are counted anew.
 func (s Schedule) Spec() string {
 	zone := s.TimeZone
 	if zone == "" {
 		zone = "UTC"
+	}
+	if s.IsDrill() {
+		return KindDrill + " " + s.Cron + " " + zone
 	}
 	return s.Cron + " " + zone
 }
@@ -150,6 +172,18 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 		}
 		if _, is := known[s.Select.Group]; s.Select.Group != "" && !is {
 			bad(at+".select.group", "database group %q is not configured", s.Select.Group)
+		}
+		switch {
+		case s.Kind != "" && s.Kind != KindBackup && !s.IsDrill():
+			bad(at+".kind", "%q is no kind of schedule; use backup or drill", s.Kind)
+		case s.IsDrill() && s.Keep != (Keep{}):
+			bad(at+".keep", "is for backups: a drill takes none away")
+		case !s.IsDrill() && s.Sample != nil:
+			bad(at+".sample", "is for drills: a backup is made of all that are selected")
+		case s.Drilled() < 0:
+			bad(at+".sample", "must not be below 0")
+		case s.IsDrill() && len(c.Backup.Recipients) > 0 && c.Backup.IdentityFile == "":
+			bad(at+".kind", "a drill opens backups: it needs backup.identity_file where they are encrypted to backup.recipients")
 		}
 		if k := s.Keep; slices.Min([]int{k.Last, k.Hourly, k.Daily, k.Weekly, k.Monthly}) < 0 {
 			bad(at+".keep", "what is kept must not be below 0")

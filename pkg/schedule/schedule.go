@@ -53,9 +53,9 @@ type Taken struct {
 	s        *Scheduler
 }
 
-// Note keeps what whoever goes on with the work must know.
+// Note keeps what whoever goes on with the work must know. uuid.Nil: there is no run.
 func (t *Taken) Note(ctx context.Context, run uuid.UUID, tries int) error {
-	const note = `update public.schedules set run = $3, tries = $4 where name = $1 and due = $2`
+	const note = `update public.schedules set run = nullif($3::uuid, '00000000-0000-0000-0000-000000000000'), tries = $4 where name = $1 and due = $2`
 	t.Run, t.Tries = run, tries
 	return t.s.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		_, err := tx.Exec(ctx, note, t.Schedule, t.Due, run, tries)
