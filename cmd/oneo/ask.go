@@ -61,6 +61,17 @@ func (e *env) confirmName(ctx context.Context, name, given, what string) error {
 	return nil
 }
 
+// confirmTyped wants a word typed before something is destroyed that has no name of its own to be typed. --yes answers.
+func (e *env) confirmTyped(ctx context.Context, word, what string) error {
+	switch {
+	case e.yes:
+		return nil
+	case !e.terminal:
+		return fault.New(fault.NeedsConfirmation, "this would %s", what).WithHint("add --yes")
+	}
+	return e.confirmName(ctx, word, "", what)
+}
+
 // wait reads from a terminal until the context ends: Ctrl-C at a question ends the program. A read that nobody answers
 // is left behind, since nothing can interrupt it; the process ends with it.
 func wait[T any](ctx context.Context, read func() (T, error)) (answer T, err error) {

@@ -379,6 +379,7 @@ type backupPruneOptions struct {
 	within   string
 	name     string
 	database bool
+	erased   bool
 	dryRun   bool
 }
 
@@ -392,8 +393,13 @@ seven days on which there is one, and so on; what several rules keep stays once.
 UTC, weeks on Monday. --keep-within counts from a tenant's newest backup.
 
 Whatever the rules say, the newest backups of each tenant stay, as many as backup.keep_min, and so does
-what ` + "`oneo backup keep`" + ` keeps. A manifest that cannot be believed and its archive are left alone.`,
-		Example: "  oneo backup prune --keep-within 2d --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run\n  oneo backup prune -t acme --keep-last 3 --yes",
+what ` + "`oneo backup keep`" + ` keeps. A manifest that cannot be believed and its archive are left alone.
+
+With --erased all archives go of tenants that were erased, which ` + "`oneo tenant erase --keep-archives`" + ` has left: their
+own backups, and their archives in full backups, also in those that are kept. A tenant with a backup of its own that
+is kept is left alone, and so is one that exists, or whose record of erasure is not genuine. The record says then when they
+went. --keep-within leaves those of tenants that were erased no longer ago. It wants a word typed, or --yes.`,
+		Example: "  oneo backup prune --keep-within 2d --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run\n  oneo backup prune -t acme --keep-last 3 --yes\n  oneo backup prune --erased --keep-within 1y --dry-run",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return backupPrune(cmd.Context(), e, o) },
 	}
@@ -408,6 +414,7 @@ what ` + "`oneo backup keep`" + ` keeps. A manifest that cannot be believed and 
 	f.StringVarP(&o.name, "tenant", "t", "", "only backups of the tenant of this `NAME`; default: all that there are")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	f.BoolVar(&o.database, "database", false, "full backups instead, those of the same groups by the same rules, each as a whole")
+	f.BoolVar(&o.erased, "erased", false, "archives of erased tenants instead; -t: of the erased ones of this `NAME` or id")
 	f.BoolVar(&o.dryRun, "dry-run", false, "show what would go and why the others stay, and do nothing")
 	return cmd
 }
@@ -431,6 +438,12 @@ func backupPrune(ctx context.Context, e *env, o backupPruneOptions) error {
 		if p.Within, err = backup.ParseSpan(o.within); err != nil {
 			return errUsage{err}
 		}
+	}
+	if o.erased {
+		if o.database || p != (backup.Policy{Within: p.Within}) {
+			return errUsage{fault.New(fault.Invalid, "--erased goes with --tenant and --keep-within only").WithCode("two_selectors")}
+		}
+		return backupPruneErased(ctx, e, p.Within, o.name, o.dryRun)
 	}
 	if p.IsZero() {
 		return errUsage{fault.New(fault.Invalid, "no rule says what is kept").WithCode("no_policy").WithHint("add for example --keep-daily 7 --keep-weekly 5")}

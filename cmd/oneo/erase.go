@@ -28,7 +28,7 @@ moves have kept of it, its domains, sessions and cached values, and its archives
 What is left is a signed record of what was destroyed, when and by whom, and the audit trail. An archive of the
 tenant is refused from the beginning on, unless the tenant is named: --erased ID. One that was interrupted, or whose
 store is away, is gone on with by the same command, or by a server; where the store is gone for good, with
---keep-archives. Clones are tenants of their own: they are told, and stay.`,
+--keep-archives. Clones are tenants of their own: they are told, and stay. What --keep-archives has left goes by ` + "`oneo backup prune --erased`" + `.`,
 		Example: "  oneo tenant erase acme\n  oneo tenant erase acme --confirm acme",
 		Args:    usageArgs(cobra.ExactArgs(1)), ValidArgsFunction: e.completeFirstTenant,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -95,7 +95,7 @@ func tenantErase(ctx context.Context, e *env, o eraseOptions) error {
 	}
 	switch done.Destroyed.ArchivesLeft {
 	case provision.ArchivesKept:
-		e.say("its archives were left where they are, as you have said")
+		e.say("its archives were left where they are, as you have said; oneo backup prune --erased -t %s destroys them", done.Slug)
 	case provision.ArchivesUnknown:
 		e.say("no archives were touched: oneo knows of no store of backups here; destroy files of yours by hand")
 	}

@@ -137,6 +137,7 @@ func TestServersDrillOnSchedule(t *testing.T) {
 	begin(t, one)
 	st = s.ended(sooner...)
 	require.Equal(t, 3, st.Tries)
+	require.Nil(t, st.Run)
 	require.Equal(t, [2]int{0, 1}, [2]int{st.OK, st.Failed})
 	require.Contains(t, st.Err, "cannot be used")
 }

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"context"
+	"path"
 	"strings"
 )
 
@@ -38,5 +39,51 @@ func (b *Backups) EraseArchives(ctx context.Context, tenantID string) (n int, er
 		}
 		return b.o.Store.Sweep(ctx, tenantID+"/", 0)
 	})
+	return n, err
+}
+
+// Left is what the store holds of one tenant.
+type Left struct {
+	// Archives counts those of its own and those in full backups, whole or not; Bytes is their size.
+	Archives int
+	Bytes    int64
+}
+
+// Left is what the store holds of each tenant, by their ids for the outside.
+func (b *Backups) Left(ctx context.Context) (map[string]Left, error) {
+	objects, err := b.o.Store.List(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]Left{}
+	for _, o := range objects {
+		id, _, _ := strings.Cut(o.Name, "/")
+		archived := !strings.HasSuffix(o.Name, manifestSuffix)
+		if strings.HasPrefix(o.Name, fullPrefix) {
+			id, archived = strings.CutSuffix(path.Base(o.Name), archiveSuffix)
+		}
+		if checkTenantID(id) != nil {
+			continue
+		}
+		l := all[id]
+		if l.Bytes += o.Size; archived {
+			l.Archives++
+		}
+		all[id] = l
+	}
+	return all, nil
+}
+
+// Keeps counts the tenant's own backups that Keep keeps from being pruned.
+func (b *Backups) Keeps(ctx context.Context, tenantID string) (n int, err error) {
+	if err := checkTenantID(tenantID); err != nil {
+		return 0, err
+	}
+	c, err := b.List(ctx, tenantID)
+	for _, m := range c.Backups {
+		if m.Kept {
+			n++
+		}
+	}
 	return n, err
 }

@@ -56,6 +56,48 @@ func TestEraseArchives(t *testing.T) {
 	require.NoError(t, f.Checksum(t.Context(), other))
 }
 
+// What there is of each tenant is found, wherever it lies, and nothing of somebody else's.
+func TestLeft(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	one, two := f.tenant("acme", 3), f.tenant("beta", 3)
+	first, second := f.back(one), f.back(one)
+	full, _, err := f.CreateFull(t.Context(), backup.FullOptions{})
+	require.NoError(t, err)
+	for _, name := range []string{"notes.txt", "erased/" + two.ID + ".json", "full/readme.oneo"} {
+		require.NoError(t, os.MkdirAll(filepath.Dir(f.path(name)), 0o700))
+		require.NoError(t, os.WriteFile(f.path(name), []byte("x"), 0o600))
+	}
+	left, err := f.Left(t.Context())
+	require.NoError(t, err)
+	require.Len(t, left, 2)
+	require.Equal(t, 3, left[one.ID].Archives)
+	parts := full.Groups[0].Tenants
+	require.Greater(t, left[one.ID].Bytes, first.Bytes+second.Bytes+parts[0].Bytes, "manifests count")
+	require.Equal(t, backup.Left{Archives: 1, Bytes: parts[1].Bytes}, left[two.ID])
+
+	keeps := func(want int) {
+		t.Helper()
+		n, err := f.Keeps(t.Context(), one.ID)
+		require.NoError(t, err)
+		require.Equal(t, want, n)
+	}
+	keeps(0)
+	_, err = f.Keep(t.Context(), first.ID, true, "")
+	require.NoError(t, err)
+	keeps(1)
+	_, err = f.Keeps(t.Context(), "")
+	require.Error(t, err)
+
+	n, err := f.EraseArchives(t.Context(), one.ID)
+	require.NoError(t, err)
+	require.Equal(t, 3, n)
+	left, err = f.Left(t.Context())
+	require.NoError(t, err)
+	require.NotContains(t, left, one.ID)
+	require.Contains(t, left, two.ID)
+}
+
 // An erasure that comes while a backup is made, and looks into the store before it is there, leaves nothing of it.
 func TestEraseBesideABackup(t *testing.T) {
 	t.Parallel()

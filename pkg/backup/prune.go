@@ -31,6 +31,11 @@ type Span struct{ Years, Months, Days, Hours int }
 
 var spanForm = regexp.MustCompile(`^(?:(\d{1,4})y)?(?:(\d{1,4})m)?(?:(\d{1,5})d)?(?:(\d{1,6})h)?$`)
 
+// Before is the time that lies so long before another one.
+func (s Span) Before(t time.Time) time.Time {
+	return t.AddDate(-s.Years, -s.Months, -s.Days).Add(-time.Duration(s.Hours) * time.Hour)
+}
+
 // ParseSpan reads a span.
 func ParseSpan(s string) (Span, error) {
 	parts := spanForm.FindStringSubmatch(s)
@@ -106,7 +111,7 @@ func (p Policy) tenant(ms []Manifest, keepMin int) []Verdict {
 		{p.Monthly, "monthly", func(t time.Time) string { return t.Format("2006-01") }, ""},
 	}
 	s := p.Within
-	since := ms[0].Made.UTC().AddDate(-s.Years, -s.Months, -s.Days).Add(-time.Duration(s.Hours) * time.Hour)
+	since := s.Before(ms[0].Made.UTC())
 	verdicts := make([]Verdict, len(ms))
 	for i, m := range ms {
 		v := Verdict{Manifest: m}

@@ -25,6 +25,7 @@ var All = []string{
 	"drop.before", "drop.started", "drop.schema", "drop.finish", "drop.after",
 	"purge.before", "purge.started", "purge.schema", "purge.finish", "purge.after",
 	"erase.before", "erase.started", "erase.schema", "erase.outside", "erase.finish", "erase.after",
+	"left.begun", "left.erased",
 	"undrop.before", "undrop.started", "undrop.schema", "undrop.finish", "undrop.after",
 	"rename.before", "rename.started", "rename.schema", "rename.finish", "rename.after",
 	"suspend.before", "suspend.started", "suspend.schema", "suspend.finish", "suspend.after",

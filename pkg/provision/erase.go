@@ -16,6 +16,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
@@ -40,6 +41,7 @@ type EraseRequest struct {
 const (
 	ArchivesKept    = "kept"     // as it was asked for
 	ArchivesUnknown = "no_store" // no store is configured
+	ArchivesGoing   = "going"    // EraseLeft has begun, and not ended
 )
 
 // Destroyed is what an erasure has destroyed. What a process that died had destroyed in no database, or in another group's, may
@@ -58,6 +60,8 @@ type Destroyed struct {
 	Archives  int  `json:"archives"`
 	// ArchivesLeft says why none were; empty: there are none any more.
 	ArchivesLeft string `json:"archives_left,omitempty"`
+	// ArchivesErasedAt is when those went that the erasure had left; nil: it has left none, or they are left still.
+	ArchivesErasedAt *time.Time `json:"archives_erased_at,omitempty"`
 }
 
 // Erasure is the record of a tenant that was erased.
@@ -70,6 +74,8 @@ type Erasure struct {
 	Destroyed Destroyed
 	// Genuine: the record was written with this installation's secret, and is as it was written.
 	Genuine bool
+	// Exists: there is a tenant with this id all the same, or one is being made.
+	Exists bool
 }
 
 // erasing is what the operation's row holds of an erasure.
@@ -326,18 +332,116 @@ func (p *Provisioner) lastErasure(ctx context.Context, slug tenant.Slug) (e Eras
 	return e, err
 }
 
+const erasures = `select tenant::text, number, slug, erased_at, actor, destroyed::text, mac,
+	exists (select from public.tenants t where t.id = e.tenant and t.state <> 'purged') from public.erasures e `
+
 func (p *Provisioner) readErasure(ctx context.Context, q postgres.Querier, where string, arg string) (e Erasure, found bool, err error) {
-	var destroyed string
-	var mac []byte
-	err = q.QueryRow(ctx, `select tenant::text, number, slug, erased_at, actor, destroyed::text, mac from public.erasures where `+where, arg).
-		Scan(&e.Tenant, &e.Number, &e.Slug, &e.At, &e.Actor, &destroyed, &mac)
+	e, err = p.scanErasure(q.QueryRow(ctx, erasures+`where `+where, arg))
 	if errors.Is(err, pgx.ErrNoRows) {
 		return e, false, nil
 	}
-	if err != nil {
-		return e, false, err
+	return e, err == nil, err
+}
+
+func (p *Provisioner) scanErasure(row pgx.Row) (e Erasure, err error) {
+	var destroyed string
+	var mac []byte
+	if err := row.Scan(&e.Tenant, &e.Number, &e.Slug, &e.At, &e.Actor, &destroyed, &mac, &e.Exists); err != nil {
+		return e, err
 	}
 	// One that was changed still says that there was an erasure.
 	e.Genuine = p.o.Secret != "" && hmac.Equal(mac, p.sign(e, destroyed)) && json.Unmarshal([]byte(destroyed), &e.Destroyed) == nil
-	return e, true, nil
+	return e, nil
+}
+
+// Erasures are the records of all tenants that were erased, the oldest first.
+func (p *Provisioner) Erasures(ctx context.Context) (all []Erasure, err error) {
+	err = p.inMain(ctx, func(tx *postgres.OwnerTx) error {
+		rows, err := tx.Query(ctx, erasures+`order by erased_at, tenant`)
+		if err != nil {
+			return err
+		}
+		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (Erasure, error) { return p.scanErasure(row) })
+		return err
+	})
+	return all, err
+}
+
+// EraseLeft destroys the archives that an erasure has left of the tenant with this id for the outside, and says in its record when they
+// went, and how many now. It is gone on with by calling it again. Faults: NotFound without a record, Unverified for one that is not
+// genuine, Conflict for a tenant that exists, and what the archives' store fails by.
+func (p *Provisioner) EraseLeft(ctx context.Context, id, actor string) (e Erasure, n int, err error) {
+	if p.o.Archives == nil {
+		return e, 0, fault.New(fault.Invalid, "no store of backups is configured here").WithCode("no_backup_store")
+	}
+	// The record first: once they are gone, nothing else tells a process that goes on with it that they were.
+	e, err = p.amend(ctx, id, func(_ *postgres.OwnerTx, e *Erasure) error {
+		e.Destroyed.ArchivesLeft = ArchivesGoing
+		return nil
+	})
+	if err != nil {
+		return e, 0, err
+	}
+	if err := failpoint.Hit("left.begun"); err != nil {
+		return e, 0, err
+	}
+	if err = p.o.Archives.MarkErased(ctx, e.Tenant, e.Slug); err == nil {
+		n, err = p.o.Archives.EraseArchives(ctx, e.Tenant)
+	}
+	if err == nil {
+		err = failpoint.Hit("left.erased")
+	}
+	noted, nerr := p.amend(context.WithoutCancel(ctx), id, func(tx *postgres.OwnerTx, e *Erasure) error {
+		e.Destroyed.Archives += n
+		if err != nil {
+			return nil // what is left goes the next time
+		}
+		now := time.Now().UTC().Truncate(time.Microsecond)
+		e.Destroyed.ArchivesLeft, e.Destroyed.ArchivesErasedAt = "", &now
+		return p.auditLeft(ctx, tx, *e, n, actor)
+	})
+	if nerr == nil {
+		e = noted
+	}
+	return e, n, errors.Join(err, nerr)
+}
+
+// amend changes the record of an erased tenant, and signs it anew.
+func (p *Provisioner) amend(ctx context.Context, id string, change func(*postgres.OwnerTx, *Erasure) error) (e Erasure, err error) {
+	err = p.inMain(ctx, func(tx *postgres.OwnerTx) (err error) {
+		var found bool
+		if e, found, err = p.readErasure(ctx, tx, `tenant::text = $1 for update`, strings.ToLower(id)); err != nil {
+			return err
+		}
+		switch {
+		case !found:
+			return fault.New(fault.NotFound, "no tenant with the id %s was erased", id).WithCode("unknown_tenant")
+		case !e.Genuine:
+			return fault.New(fault.Unverified, "the record of the erasure of %s was not made with this server.secret, or was changed since", e.Slug).WithCode("erasure_unverified").WithTenant(e.Slug)
+		case e.Exists:
+			return fault.New(fault.Conflict, "the tenant %s exists, though it was erased: its archives are not touched", e.Slug).WithCode("tenant_exists").WithTenant(e.Slug)
+		}
+		if err := change(tx, &e); err != nil {
+			return err
+		}
+		body, err := json.Marshal(e.Destroyed)
+		if err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `update public.erasures set destroyed = $2, mac = $3 where tenant::text = $1`, e.Tenant, string(body), p.sign(e, string(body)))
+		return err
+	})
+	return e, err
+}
+
+// auditLeft notes in the audit trail that archives went which an erasure had left.
+func (p *Provisioner) auditLeft(ctx context.Context, q postgres.Querier, e Erasure, n int, actor string) error {
+	t, err := registry.ByNumber(ctx, q, e.Number)
+	if fault.Is(err, fault.NotFound) || err == nil && t.ID != e.Tenant { // the tombstone is in another installation
+		t, err = tenant.Tenant{}, nil
+	}
+	if err != nil {
+		return err
+	}
+	return registry.Audit(ctx, q, registry.AuditEntry{Actor: actor, Action: KindErase + ".archives", Tenant: t, Details: map[string]any{"tenant": e.Tenant, "slug": e.Slug, "archives": n}})
 }

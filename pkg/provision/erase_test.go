@@ -367,3 +367,79 @@ func TestErasedRequestsAreForgotten(t *testing.T) {
 	require.NoError(t, admin.QueryRow(ctx, `select string_agg(request::text, ', ') from public.operations where request <> '{}' and kind <> 'tenant.erase'`).Scan(&left))
 	require.JSONEq(t, `{"admin_email": "bob@beta.example"}`, left)
 }
+
+// What an erasure has left of the archives goes when that is said, of nobody but the erased tenant, and the record says when.
+func TestEraseLeft(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, "main")
+	ctx := t.Context()
+	s := &shelf{archives: map[string]int{}}
+	_, p, _, err := openOn(f.db, func(o *provision.Options) { o.Archives = s })
+	require.NoError(t, err)
+	acme, beta := f.create(t, "acme", "main"), f.create(t, "beta", "main")
+	s.archives[acme.ID], s.archives[beta.ID] = 3, 2
+	_, err = p.Erase(ctx, acme.Slug, provision.EraseRequest{KeepArchives: true, Actor: "test"})
+	require.NoError(t, err)
+	require.Equal(t, 3, s.archives[acme.ID])
+	left := func(id string) (e provision.Erasure, n int, err error) { return p.EraseLeft(ctx, id, "who") }
+	record := func() provision.Erasure {
+		t.Helper()
+		all, err := p.Erasures(ctx)
+		require.NoError(t, err)
+		require.Len(t, all, 1)
+		return all[0]
+	}
+	require.Equal(t, provision.ArchivesKept, record().Destroyed.ArchivesLeft)
+
+	// Not of one that exists, or of which nobody knows for sure that it was erased.
+	admin := pgtest.Admin(t, f.env.AdminURL)
+	_, _, err = left(beta.ID)
+	require.True(t, fault.Is(err, fault.NotFound), "%v", err)
+	for _, c := range []struct {
+		do, undo string
+		kind     fault.Kind
+	}{
+		{`update public.tenants set state = 'suspended' where slug = 'acme'`, `update public.tenants set state = 'purged' where slug = 'acme'`, fault.Conflict},
+		{`update public.erasures set actor = 'nobody'`, `update public.erasures set actor = 'test'`, fault.Unverified},
+	} {
+		_, err := admin.Exec(ctx, c.do)
+		require.NoError(t, err)
+		_, _, err = left(acme.ID)
+		require.True(t, fault.Is(err, c.kind), "%s: %v", c.do, err)
+		_, err = admin.Exec(ctx, c.undo)
+		require.NoError(t, err)
+	}
+	require.Zero(t, s.asked)
+	require.Equal(t, provision.ArchivesKept, record().Destroyed.ArchivesLeft)
+
+	// The store goes away in the midst of it.
+	s.dying = true
+	_, n, err := left(acme.ID)
+	require.True(t, fault.Is(err, fault.Unavailable), "%v", err)
+	require.Equal(t, 1, n)
+	half := record()
+	require.True(t, half.Genuine)
+	require.Equal(t, provision.ArchivesGoing, half.Destroyed.ArchivesLeft)
+	require.Equal(t, 1, half.Destroyed.Archives)
+	require.Nil(t, half.Destroyed.ArchivesErasedAt)
+	s.dying, s.away = false, false
+	e, n, err := left(acme.ID)
+	require.NoError(t, err)
+	require.Equal(t, 2, n)
+	require.Equal(t, record(), e)
+	require.True(t, e.Genuine)
+	require.Equal(t, 3, e.Destroyed.Archives)
+	require.Empty(t, e.Destroyed.ArchivesLeft)
+	require.WithinDuration(t, time.Now(), *e.Destroyed.ArchivesErasedAt, time.Hour)
+	require.Equal(t, "test", e.Actor)
+	require.Equal(t, map[string]int{beta.ID: 2}, s.archives)
+	require.Contains(t, s.marked, acme.ID+" acme")
+	var audited string
+	require.NoError(t, admin.QueryRow(ctx, `select actor || ' ' || slug || ' ' || (details->>'archives') from public.audit where action = 'tenant.erase.archives'`).Scan(&audited))
+	require.Equal(t, "who acme 2", audited)
+	require.NoError(t, f.db.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		erased, err := provision.Erased(ctx, tx, acme.ID)
+		require.True(t, erased, "it is erased as before")
+		return err
+	}))
+}
