@@ -29,13 +29,13 @@ was taken on, and how many passed without a backup, which is when no server was 
 still at work. Those of the kind drill restore backups and take them back, as ` + "`oneo backup drill`" + ` does, and make
 none. Times are UTC.
 
-A schedule is overdue when its time has passed and no server has looked for five minutes, and new until one
-has. --late shows the selected tenants whose newest backup is older than the schedule promises: than its last
+A schedule is overdue when its time has passed and no server has looked for five minutes, new until one
+has, and stuck when it cannot be begun, or gone on with, for some minutes. --late shows the selected tenants whose newest backup is older than the schedule promises: than its last
 time, once the backup of that one has ended, or else than the one before.`,
 		Example: "  oneo backup schedule\n  oneo backup schedule --check -q\n  oneo backup schedule --late -o json", Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return backupSchedule(cmd.Context(), e, o) },
 	}
-	cmd.Flags().BoolVar(&o.check, "check", false, "exit with 13 when one is new, overdue, missed or failed; with --late when a tenant is")
+	cmd.Flags().BoolVar(&o.check, "check", false, "exit with 13 when one is new, overdue, missed, stuck or failed; with --late when a tenant is")
 	cmd.Flags().BoolVar(&o.late, "late", false, "show tenants whose newest backup is too old")
 	return cmd
 }

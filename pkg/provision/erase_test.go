@@ -381,6 +381,7 @@ func TestEraseLeft(t *testing.T) {
 	_, err = p.Erase(ctx, acme.Slug, provision.EraseRequest{KeepArchives: true, Actor: "test"})
 	require.NoError(t, err)
 	require.Equal(t, 3, s.archives[acme.ID])
+	s.marked = nil
 	left := func(id string) (e provision.Erasure, n int, err error) { return p.EraseLeft(ctx, id, "who") }
 	record := func() provision.Erasure {
 		t.Helper()

@@ -29,7 +29,7 @@ import (
 
 // Times are due times.
 type Times interface {
-	// Next is the first one behind a time.
+	// Next is the first one behind a time; zero: there is none.
 	Next(after time.Time) time.Time
 }
 
@@ -50,15 +50,23 @@ type Taken struct {
 	Run      uuid.UUID
 	Tries    int
 	errors   int // so far, one after another
+	claim    uuid.UUID
 	s        *Scheduler
 }
 
+// errLost is the end of the work of a server that gave no sign of life for too long: another one goes on with it, or this one by a new claim.
+var errLost = errors.New("it was taken over, since there was no sign of life for too long")
+
 // Note keeps what whoever goes on with the work must know. uuid.Nil: there is no run.
 func (t *Taken) Note(ctx context.Context, run uuid.UUID, tries int) error {
-	const note = `update public.schedules set run = nullif($3::uuid, '00000000-0000-0000-0000-000000000000'), tries = $4 where name = $1 and due = $2`
+	const note = `update public.schedules set run = nullif($3::uuid, '00000000-0000-0000-0000-000000000000'), tries = $4
+where name = $1 and due = $2 and worker = $5`
 	t.Run, t.Tries = run, tries
 	return t.s.inMain(ctx, func(tx *postgres.OwnerTx) error {
-		_, err := tx.Exec(ctx, note, t.Schedule, t.Due, run, tries)
+		tag, err := tx.Exec(ctx, note, t.Schedule, t.Due, run, tries, t.claim)
+		if err == nil && tag.RowsAffected() == 0 {
+			err = errLost
+		}
 		return err
 	})
 }
@@ -117,7 +125,6 @@ type Options struct {
 // Scheduler is one server's part in the schedules. It is safe for concurrent use.
 type Scheduler struct {
 	o     Options
-	id    uuid.UUID // this server's, in rows that it works on
 	river *river.Client[pgx.Tx]
 
 	stopping context.Context // ends when this server is to stop; set by Run
@@ -135,8 +142,7 @@ func New(o Options) (*Scheduler, error) {
 	if o.StaleAfter == 0 {
 		o.StaleAfter = 10 * time.Second
 	}
-	id, err := uuid.NewV7()
-	return &Scheduler{o: o, id: id}, err
+	return &Scheduler{o: o}, nil
 }
 
 const (
@@ -264,7 +270,7 @@ type looks struct{ s *Scheduler }
 func (l looks) Next(t time.Time) time.Time {
 	next := t.Add(lookEvery)
 	for _, sc := range l.s.o.Schedules {
-		if due := sc.Times.Next(t); due.Before(next) {
+		if due := sc.Times.Next(t); !due.IsZero() && due.Before(next) {
 			next = due
 		}
 	}
@@ -276,23 +282,33 @@ func (s *Scheduler) inMain(ctx context.Context, fn func(*postgres.OwnerTx) error
 }
 
 // Look takes on what is due, counts what was missed, and sees to it that what was taken on is worked on. What fails with one
-// schedule does not stop the others.
+// schedule does not stop the others, and no alarm keeps the work waiting.
 func (s *Scheduler) Look(ctx context.Context) error {
 	var errs []error
+	failed := func(name string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("schedule %s: %w", name, err))
+		}
+	}
+	var missed []Standing
 	for _, sc := range s.o.Schedules {
 		st, err := s.take(ctx, sc, s.o.Now())
 		if err == nil && st.MissedAt != nil && (st.told == nil || st.told.Before(*st.MissedAt)) {
-			err = s.tellMissed(ctx, st)
+			missed = append(missed, st)
 		}
 		if err == nil && st.AtWork() {
 			err = s.enqueue(ctx, sc, *st.Due)
 		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("schedule %s: %w", sc.Name, err))
-		}
+		failed(sc.Name, err)
+	}
+	for _, st := range missed {
+		failed(st.Name, s.tellMissed(ctx, st))
 	}
 	return errors.Join(errs...)
 }
+
+// ahead is how far in the future a row may say that due times were seen up to; beyond that the clock of whoever looked was wrong.
+const ahead = time.Hour
 
 // take brings a schedule's row up to now.
 func (s *Scheduler) take(ctx context.Context, sc Schedule, now time.Time) (st Standing, err error) {
@@ -304,8 +320,9 @@ func (s *Scheduler) take(ctx context.Context, sc Schedule, now time.Time) (st St
 		if st, err = scanStanding(tx.QueryRow(ctx, standings+` where name = $1 for update`, sc.Name)); err != nil {
 			return err
 		}
-		if st.Spec != sc.Spec {
-			const anew = `update public.schedules set spec = $2, seen = $3 where name = $1`
+		if st.Spec != sc.Spec || st.Seen.After(now.Add(ahead)) {
+			const anew = `update public.schedules set spec = $2, seen = $3, missed_at = case when missed_at > $3 then $3 else missed_at end,
+	missed_told = case when missed_told > $3 then $3 else missed_told end where name = $1`
 			_, err := tx.Exec(ctx, anew, sc.Name, sc.Spec, now)
 			return err
 		}
@@ -375,18 +392,22 @@ func (s *Scheduler) see(ctx context.Context, job dueArgs) (over bool, err error)
 		// A server with another configuration has it, or it was taken out of all of them.
 		return time.Since(job.Due) > time.Hour, nil
 	}
+	claimed, err := uuid.NewV7()
+	if err != nil {
+		return false, err
+	}
 	var got bool
 	err = s.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		const claim = `update public.schedules set worker = $3, beat = now() where name = $1 and due = $2 and ended_at is null
 and (worker is null or beat < now() - $4::interval) and (not_before is null or not_before <= now())`
-		tag, err := tx.Exec(ctx, claim, job.Schedule, job.Due, s.id, s.o.StaleAfter)
+		tag, err := tx.Exec(ctx, claim, job.Schedule, job.Due, claimed, s.o.StaleAfter)
 		got = tag.RowsAffected() == 1
 		return err
 	})
 	if err != nil || !got {
 		return false, err
 	}
-	t := &Taken{Schedule: st.Name, Due: *st.Due, Tries: st.Tries, errors: st.errors, s: s}
+	t := &Taken{Schedule: st.Name, Due: *st.Due, Tries: st.Tries, errors: st.errors, claim: claimed, s: s}
 	if st.Run != nil {
 		t.Run = *st.Run
 	}
@@ -401,23 +422,28 @@ and (worker is null or beat < now() - $4::interval) and (not_before is null or n
 // carry works on a due time that this server has claimed, and gives it back.
 func (s *Scheduler) carry(t *Taken) error {
 	going := context.WithoutCancel(s.stopping) // what has been done is told, also when the server is to stop
+	working, lose := context.WithCancelCause(s.stopping)
+	defer lose(nil)
 	beating, stop := context.WithCancel(going)
 	var beats sync.WaitGroup
-	beats.Go(func() { s.beat(beating, t) })
-	r, err := s.o.Do(s.stopping, t)
+	beats.Go(func() { s.beat(beating, t, lose) })
+	defer beats.Wait()
+	defer stop() // not before it is given back: an alarm may take its time
+	r, err := s.o.Do(working, t)
+	if errors.Is(context.Cause(working), errLost) {
+		return errLost
+	}
 	if err == nil && r.Ended != nil {
 		err = s.end(going, t, *r.Ended)
 	}
-	stop()
-	beats.Wait()
 	if err == nil || s.stopping.Err() != nil {
 		return s.giveBack(going, t, r.Again, nil)
 	}
 	return errors.Join(err, s.giveBack(going, t, min(retryLeast<<min(t.errors, 10), retryMost), err))
 }
 
-// beat gives signs of life until ctx ends.
-func (s *Scheduler) beat(ctx context.Context, t *Taken) {
+// beat gives signs of life until ctx ends, or somebody else has claimed the due time: then lose ends the work on it.
+func (s *Scheduler) beat(ctx context.Context, t *Taken, lose context.CancelCauseFunc) {
 	ticker := time.NewTicker(s.o.StaleAfter / 5)
 	defer ticker.Stop()
 	for {
@@ -427,9 +453,16 @@ func (s *Scheduler) beat(ctx context.Context, t *Taken) {
 		case <-ticker.C:
 		}
 		err := s.inMain(ctx, func(tx *postgres.OwnerTx) error {
-			_, err := tx.Exec(ctx, `update public.schedules set beat = now() where name = $1 and worker = $2`, t.Schedule, s.id)
+			tag, err := tx.Exec(ctx, `update public.schedules set beat = now() where name = $1 and worker = $2`, t.Schedule, t.claim)
+			if err == nil && tag.RowsAffected() == 0 {
+				err = errLost
+			}
 			return err
 		})
+		if errors.Is(err, errLost) {
+			lose(errLost)
+			return
+		}
 		if err != nil && ctx.Err() == nil {
 			s.o.Logger.Warn("give a sign of life", "schedule", t.Schedule, "error", err)
 		}
@@ -451,7 +484,7 @@ func (s *Scheduler) end(ctx context.Context, t *Taken, o Outcome) error {
 	return s.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		const end = `update public.schedules set ended_at = now(), ok = $4, failed = $5, skipped = $6, error = nullif($7, '')
 where name = $1 and due = $2 and worker = $3 and ended_at is null`
-		_, err := tx.Exec(ctx, end, t.Schedule, t.Due, s.id, o.OK, o.Failed, o.Skipped, o.Err)
+		_, err := tx.Exec(ctx, end, t.Schedule, t.Due, t.claim, o.OK, o.Failed, o.Skipped, o.Err)
 		return err
 	})
 }
@@ -467,7 +500,7 @@ func (s *Scheduler) giveBack(ctx context.Context, t *Taken, after time.Duration,
 	return s.inMain(ctx, func(tx *postgres.OwnerTx) error {
 		const back = `update public.schedules set worker = null, beat = null, errors = $4, not_before = now() + $5::interval
 where name = $1 and due = $2 and worker = $3`
-		_, err := tx.Exec(ctx, back, t.Schedule, t.Due, s.id, n, after)
+		_, err := tx.Exec(ctx, back, t.Schedule, t.Due, t.claim, n, after)
 		return err
 	})
 }

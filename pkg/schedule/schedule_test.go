@@ -44,11 +44,13 @@ type fixture struct {
 	clock
 	did    chan schedule.Taken
 	alarms chan schedule.Alarm
+	hold   chan struct{} // an alarm takes until this is closed
 }
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
-	f := &fixture{Env: pgtest.New(t), t: t, did: make(chan schedule.Taken, 100), alarms: make(chan schedule.Alarm, 100)}
+	f := &fixture{Env: pgtest.New(t), t: t, did: make(chan schedule.Taken, 100), alarms: make(chan schedule.Alarm, 100), hold: make(chan struct{})}
+	close(f.hold)
 	f.at = time.Date(2026, 11, 25, 9, 30, 0, 0, time.UTC)
 	require.NoError(t, schedule.Migrate(context.Background(), f.DB))
 	return f
@@ -59,7 +61,10 @@ func (f *fixture) server(do func(context.Context, *schedule.Taken) (schedule.Res
 	f.t.Helper()
 	s, err := schedule.New(schedule.Options{
 		DB: f.DB, Schedules: []schedule.Schedule{nightly}, Now: f.Now, StaleAfter: time.Second, Logger: slog.New(slog.DiscardHandler),
-		Alarm: func(_ context.Context, a schedule.Alarm) { f.alarms <- a },
+		Alarm: func(_ context.Context, a schedule.Alarm) {
+			f.alarms <- a
+			<-f.hold
+		},
 		Do: func(ctx context.Context, t *schedule.Taken) (schedule.Result, error) {
 			f.did <- *t
 			return do(ctx, t)
@@ -261,6 +266,10 @@ func TestWhatFailsIsToldAndWhatCannotBeBegunIsTriedAgain(t *testing.T) {
 		return tag.RowsAffected() == 1
 	})
 	require.Equal(t, schedule.CodeStuck, next(t, f.alarms).Code)
+	f.until("it is stuck", func(st schedule.Standing) bool {
+		state, healthy := nightly.State(st, f.Now())
+		return state == schedule.StateStuck && !healthy
+	})
 	f.until("it is given back", func(schedule.Standing) bool {
 		tag, err := admin.Exec(ctx, `update public.schedules set not_before = null where errors = 4`)
 		require.NoError(t, err)
@@ -294,6 +303,122 @@ func TestAServerThatStopsHandsOver(t *testing.T) {
 	st := f.until("the other one ends it", over)
 	require.Equal(t, 10, st.Due.UTC().Hour())
 	require.Empty(t, f.alarms, "that a server was stopped is nothing to be alarmed about")
+}
+
+// A server that was silent for too long, and whose due time another one has claimed, ends its work, and says no more of it.
+func TestAClaimThatIsLost(t *testing.T) {
+	t.Parallel()
+	f, ctx := newFixture(t), context.Background()
+	admin := pgtest.Admin(t, f.AdminURL)
+	lost, noted := make(chan error, 1), make(chan error, 1)
+	s, _ := f.server(func(ctx context.Context, taken *schedule.Taken) (schedule.Result, error) {
+		if taken.Tries == 7 { // the second time
+			return ended(ctx, taken)
+		}
+		<-ctx.Done()
+		lost <- context.Cause(ctx)
+		noted <- taken.Note(context.WithoutCancel(ctx), uuid.New(), 1)
+		return schedule.Result{Ended: &schedule.Outcome{Failed: 9}}, nil
+	})
+	f.until("it looks", func(st schedule.Standing) bool { return st.Name != "" })
+	f.forward(time.Hour)
+	require.NoError(t, s.Look(ctx))
+	next(t, f.did)
+	_, err := admin.Exec(ctx, `update public.schedules set worker = gen_random_uuid(), beat = now() + interval '1 day', tries = 7`)
+	require.NoError(t, err)
+	require.ErrorContains(t, next(t, lost), "taken over")
+	require.ErrorContains(t, next(t, noted), "taken over")
+	require.Empty(t, f.did, "whoever has it is alive")
+	// The other one dies.
+	_, err = admin.Exec(ctx, `update public.schedules set beat = now() - interval '1 day'`)
+	require.NoError(t, err)
+	st := f.until("it is gone on with", over)
+	require.Equal(t, [2]int{2, 0}, [2]int{st.OK, st.Failed})
+	require.Nil(t, st.Run)
+	require.Empty(t, f.alarms)
+}
+
+// An alarm that takes long keeps no work waiting, and the server that raises it is not taken for dead.
+func TestAnAlarmKeepsNobodyWaiting(t *testing.T) {
+	t.Parallel()
+	f, ctx := newFixture(t), context.Background()
+	admin := pgtest.Admin(t, f.AdminURL)
+	_, stop := f.server(ended)
+	f.until("somebody looks", func(st schedule.Standing) bool { return st.Name != "" })
+	stop()
+	f.forward(3 * time.Hour)
+	f.hold = make(chan struct{})
+	release := sync.OnceFunc(func() { close(f.hold) })
+	t.Cleanup(release)
+	f.server(func(context.Context, *schedule.Taken) (schedule.Result, error) {
+		return schedule.Result{}, fault.New(fault.Unavailable, "the store is away")
+	})
+	require.Equal(t, schedule.CodeMissed, next(t, f.alarms).Code)
+	next(t, f.did)
+	f.until("it is given back", func(schedule.Standing) bool {
+		tag, err := admin.Exec(ctx, `update public.schedules set not_before = null, errors = 3 where errors = 1`)
+		require.NoError(t, err)
+		return tag.RowsAffected() == 1
+	})
+	next(t, f.did)
+	require.Equal(t, schedule.CodeStuck, next(t, f.alarms).Code)
+	var raised time.Time
+	require.NoError(t, admin.QueryRow(ctx, `select clock_timestamp()`).Scan(&raised))
+	require.Eventually(t, func() bool { // for longer than somebody is silent who is taken for dead
+		var alive bool
+		require.NoError(t, admin.QueryRow(ctx, `select beat > $1::timestamptz + interval '2 s' from public.schedules`, raised).Scan(&alive))
+		return alive
+	}, pgtest.Patience, 50*time.Millisecond)
+	require.Empty(t, f.did, "nobody else has begun it")
+	release()
+	f.until("it is given back", func(st schedule.Standing) bool {
+		var free bool
+		require.NoError(t, admin.QueryRow(ctx, `select worker is null from public.schedules`).Scan(&free))
+		return free
+	})
+}
+
+// A server whose clock was days ahead has looked: what is due now is not taken for seen.
+func TestAClockThatWasAhead(t *testing.T) {
+	t.Parallel()
+	f, ctx := newFixture(t), context.Background()
+	s, _ := f.server(ended)
+	f.until("it looks", func(st schedule.Standing) bool { return st.Name != "" })
+	f.forward(49 * time.Hour) // the 27th, 10:30
+	require.NoError(t, s.Look(ctx))
+	require.Equal(t, 27, next(t, f.did).Due.UTC().Day())
+	f.until("it is done", over)
+	require.Equal(t, schedule.CodeMissed, next(t, f.alarms).Code)
+	f.forward(-48 * time.Hour)
+	require.NoError(t, s.Look(ctx))
+	f.forward(3 * time.Hour)
+	require.NoError(t, s.Look(ctx))
+	require.Equal(t, time.Date(2026, 11, 25, 13, 0, 0, 0, time.UTC), next(t, f.did).Due.UTC())
+	alarm := next(t, f.alarms)
+	require.Equal(t, schedule.CodeMissed, alarm.Code, "what is missed now is told")
+	require.Equal(t, 25, alarm.Due.UTC().Day())
+}
+
+// never is of due times that do not come any more.
+type never struct{}
+
+func (never) Next(time.Time) time.Time { return time.Time{} }
+
+func TestLooks(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	look := func(times ...schedule.Times) string {
+		o := schedule.Options{DB: env.DB, Logger: slog.New(slog.DiscardHandler), Alarm: func(context.Context, schedule.Alarm) {}, Do: ended}
+		for i, at := range times {
+			o.Schedules = append(o.Schedules, schedule.Schedule{Name: fmt.Sprint(i), Times: at})
+		}
+		s, err := schedule.New(o)
+		require.NoError(t, err)
+		return s.NextLook(time.Date(2026, 11, 25, 9, 59, 45, 0, time.UTC)).Format(time.TimeOnly)
+	}
+	require.Equal(t, "10:00:15", look())
+	require.Equal(t, "10:00:00", look(never{}, hourly{}))
+	require.Equal(t, "10:00:15", look(never{}), "it would be looked again and again")
 }
 
 func TestChangedWordsBeginAnew(t *testing.T) {

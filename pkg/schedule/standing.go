@@ -37,6 +37,7 @@ const (
 	StateNew     = "new"     // no server has looked at it yet
 	StateWaiting = "waiting" // no due time has passed since
 	StateAtWork  = "at work"
+	StateStuck   = "stuck" // it cannot be begun, or gone on with, for some minutes
 	StateOK      = "ok"
 	StateFailed  = "failed"
 	StateMissed  = "missed"  // since the newest one that was taken on
@@ -61,6 +62,8 @@ func (sc Schedule) State(st Standing, now time.Time) (state string, healthy bool
 	switch {
 	case st.MissedAt != nil && (st.Due == nil || st.MissedAt.After(*st.Due)):
 		return StateMissed, false
+	case st.AtWork() && st.errors >= stuckAfter:
+		return StateStuck, false
 	case st.AtWork():
 		return StateAtWork, true
 	case st.Due == nil:
