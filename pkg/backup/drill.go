@@ -45,8 +45,10 @@ func (b *Backups) Provable(ctx context.Context, ids []string) (newest map[string
 		return nil, nil, err
 	}
 	for _, f := range full.Backups {
-		for _, m := range f.Archives() {
-			if m.Tenant != "" {
+		for _, g := range f.Groups {
+			for _, t := range g.Tenants {
+				m := f.archive(g, t)
+				m.Made = g.At // its rows are of the group's moment, and not of when they were written
 				c.Backups = append(c.Backups, m)
 			}
 		}

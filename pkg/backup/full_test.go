@@ -907,6 +907,7 @@ func TestFullTried(t *testing.T) {
 	require.Equal(t, state, f.state(), "all of it was taken back")
 
 	require.Equal(t, made.ID, newest()[one.ID].ID)
+	require.True(t, made.Groups[0].At.Equal(newest()[one.ID].Made), "it is of the group's moment")
 	require.Equal(t, made.ID, newest()[two.ID].ID, "it is newer than the tenant's own")
 	own, err := f.NewestOf(ctx, ids)
 	require.NoError(t, err)
