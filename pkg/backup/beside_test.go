@@ -266,3 +266,13 @@ func TestHooksThatMisbehave(t *testing.T) {
 	require.Contains(t, string(env), "OTHER=seen")
 	require.NotContains(t, string(env), "secret")
 }
+
+// Who is done with the catalogue keeps nobody away from it, not even for as long as its session takes to end.
+func TestTheCatalogueIsFreeAtOnce(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	for range 200 {
+		_, err := f.Prune(t.Context(), backup.Policy{Last: 1}, "", func(backup.Manifest) {})
+		require.NoError(t, err)
+	}
+}

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,7 +26,13 @@ func (b *Backups) alone(ctx context.Context, fn func(still func() error) error) 
 			return fault.New(fault.Locked, "somebody else is taking backups away, or keeps one").WithCode("catalogue_busy").WithRetry(time.Second).
 				WithHint("wait until it is done, then run the command again")
 		}
-		return fn(func() error { return ses.Script(ctx, "select 1") }) // the lock ends with the session
+		// The lock ends with the session, but that ends a moment after its connection: who prunes tenant by tenant would meet it.
+		defer func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			_ = ses.Script(ctx, fmt.Sprintf("select pg_catalog.pg_advisory_unlock(%d, 0)", lockCatalogue))
+		}()
+		return fn(func() error { return ses.Script(ctx, "select 1") })
 	})
 }
 
