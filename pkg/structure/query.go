@@ -1,6 +1,9 @@
 package structure
 
-import "strings"
+import (
+	"regexp"
+	"strings"
+)
 
 // The marks that stand in descriptions for what each tenant has under another name. They are control characters, which
 // no identifier of ours holds; render and shown replace them.
@@ -16,7 +19,7 @@ const (
 	comma = "\x1d"
 )
 
-// lines describes every object of the schemas that it is given: (key, kind, object, ord, attributes).
+// description describes every object of the schemas that it is given, but for how they are found: (key, kind, object, ord, attributes).
 //
 // Names are made relative by PostgreSQL itself, not by replacing text: before each expression is turned into text, the
 // search path is set to that schema, as a migration has it. What lies in the schema is then unqualified, and what lies
@@ -27,7 +30,7 @@ const (
 // The first object's type is that of all: without it they would be names, and cut at 63 bytes.
 //
 // kind, object and attributes are the description; ord is an order in which the objects can be made.
-var lines = strings.NewReplacer(
+var description = strings.NewReplacer(
 	"{us}", `E'\x1f'`,
 	"{schema_acl}", acl("coalesce(nspacl, acldefault('n', nspowner))", "nspowner"),
 	"{rel_acl}", acl("coalesce(relacl, acldefault('r', relowner))", "relowner"),
@@ -49,17 +52,11 @@ with t as materialized (
     join pg_namespace n on n.nspname = i.schema
     join pg_roles me on me.rolname = current_user
     left join pg_roles r on r.rolname = i.role
-), own as materialized ( -- what may lie in them: pg_depend has an index for it, the catalogs have none by schema alone
-    select distinct t.key, t.nsp, t.nspname, t.q, t.path, t.rol, t.me, d.classid, d.objid from t join pg_depend d on d.refclassid = 'pg_namespace'::regclass and d.refobjid = t.nsp
-), typ as materialized (
-    select own.*, y.* from own join pg_type y on y.oid = own.objid where own.classid = 'pg_type'::regclass and y.typnamespace = own.nsp
-), rel as materialized (
+{own}), rel as materialized (
     select t.key, t.nsp, t.path, t.rol, t.me, c.oid rel, c.relname, c.relkind, c.relacl, c.relowner, c.relpersistence, c.relrowsecurity,
         c.relforcerowsecurity, c.reloptions, c.relreplident, c.relispartition, c.relpartbound, c.relam, c.reltablespace, c.reloftype,
         c.reltoastrelid, c.relhasindex, c.relhastriggers, c.relhasrules
-    from (select key, nsp, path, rol, me, objid from own where classid = 'pg_class'::regclass
-        union all select key, nsp, path, rol, me, typrelid from typ where typtype = 'c') t
-    join pg_class c on c.oid = t.objid and c.relnamespace = t.nsp where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c')
+    {in c pg_class relnamespace} where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f', 'c')
 ), seq as materialized (
     select rel.*, d.refobjid, d.refobjsubid, d.deptype, s.seqtypid, s.seqstart, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, s.seqcycle
     from rel join pg_sequence s on s.seqrelid = rel.rel
@@ -178,7 +175,7 @@ select key, 'statistics', stxname, s.oid, concat_ws({us},
     'owner=' || {stxowner},
     'definition=' || {at}replace(pg_get_statisticsobjdef(s.oid), 'CREATE STATISTICS ' || q || '.', 'CREATE STATISTICS '){end},
     'statistics=' || nullif(stxstattarget, -1))
-from own join pg_statistic_ext s on s.oid = own.objid and own.classid = 'pg_statistic_ext'::regclass and s.stxnamespace = own.nsp
+{in s pg_statistic_ext stxnamespace}
 
 union all
 select key, case prokind when 'p' then 'procedure' when 'a' then 'aggregate' else 'function' end,
@@ -194,7 +191,7 @@ select key, case prokind when 'p' then 'procedure' when 'a' then 'aggregate' els
             '(\n SET search_path TO (?:[^\n]*, )?)' || regexp_replace(quote_literal(nspname), '([^\w''])', '\\\1', 'g') || '(?=[,\n])', E'\\1''\x01''')
         else overlay(pg_get_functiondef(p.oid) placing '' from (case prokind when 'p' then 29 else 28 end) for length(q) + 1) end{end},
     'grants=' || {function_acl})
-from own join pg_proc p on p.oid = own.objid and own.classid = 'pg_proc'::regclass and p.pronamespace = own.nsp
+{in p pg_proc pronamespace}
 where not (p.prolang = 12 and p.prosrc ~ '^(multi)?range_constructor') -- a range type's own
 
 union all
@@ -211,42 +208,69 @@ select key, case typtype when 'e' then 'enum' when 'd' then 'domain' when 'r' th
         'subtype_diff = ' || nullif(r.rngsubdiff::oid, 0)::regproc, 'multirange_type_name = ' || format_type(r.rngmultitypid, null))
         from pg_range r where r.rngtypid = y.oid){end},
     'grants=' || {type_acl})
-from typ y
+{in y pg_type typnamespace}
 where typtype in ('e', 'd', 'r') or typtype = 'b' and typcategory <> 'A'
 
 union all
 select key, 'domain constraint', typname || {us} || k.conname, k.oid, concat_ws({us},
     'definition=' || {at}regexp_replace(pg_get_constraintdef(k.oid), ' NOT VALID$', ''){end},
     case when not k.convalidated then 'not valid=yes' end)
-from typ join pg_constraint k on k.contypid = typ.oid and k.contype = 'c' where typtype = 'd'
+{in y pg_type typnamespace} join pg_constraint k on k.contypid = y.oid and k.contype = 'c' where typtype = 'd'
 
 union all
 select key, 'default privileges', {defaclrole} || {us} || case defaclobjtype when 'r' then 'tables' when 'S' then 'sequences' when 'f' then 'functions' when 'T' then 'types' else 'schemas' end,
     d.oid, 'grants=' || {default_acl}
-from own join pg_default_acl d on d.oid = own.objid and own.classid = 'pg_default_acl'::regclass and d.defaclnamespace = own.nsp
+{in d pg_default_acl defaclnamespace}
 
 union all
 select key, 'operator', {at}format('%s (%s, %s)', oprname, oprleft::regtype, oprright::regtype){end}, o.oid, 'definition=' || {at}oprcode::text{end}
-from own join pg_operator o on o.oid = own.objid and own.classid = 'pg_operator'::regclass and o.oprnamespace = own.nsp
+{in o pg_operator oprnamespace}
 union all
-select key, 'operator class', opcname, o.oid, 'definition=' || {at}format('%s %s', opcintype::regtype, opcdefault){end} from own join pg_opclass o on o.oid = own.objid and own.classid = 'pg_opclass'::regclass and o.opcnamespace = own.nsp
+select key, 'operator class', opcname, o.oid, 'definition=' || {at}format('%s %s', opcintype::regtype, opcdefault){end} {in o pg_opclass opcnamespace}
 union all
-select key, 'collation', collname, c.oid, format('definition=%s %s %s', collprovider, collcollate, collctype) from own join pg_collation c on c.oid = own.objid and own.classid = 'pg_collation'::regclass and c.collnamespace = own.nsp
+select key, 'collation', collname, c.oid, format('definition=%s %s %s', collprovider, collcollate, collctype) {in c pg_collation collnamespace}
 union all
-select key, 'conversion', conname, c.oid, 'definition=' || {at}conproc::text{end} from own join pg_conversion c on c.oid = own.objid and own.classid = 'pg_conversion'::regclass and c.connamespace = own.nsp
+select key, 'conversion', conname, c.oid, 'definition=' || {at}conproc::text{end} {in c pg_conversion connamespace}
 union all
 select key, 'text search configuration', cfgname, c.oid, 'definition=' || {at}(
     select string_agg(format('%s %s', m.maptokentype, m.mapdict::regdictionary), ', ' order by m.maptokentype, m.mapseqno) from pg_ts_config_map m where m.mapcfg = c.oid){end}
-from own join pg_ts_config c on c.oid = own.objid and own.classid = 'pg_ts_config'::regclass and c.cfgnamespace = own.nsp
+{in c pg_ts_config cfgnamespace}
 union all
-select key, 'text search dictionary', dictname, d.oid, 'definition=' || coalesce(dictinitoption, '') from own join pg_ts_dict d on d.oid = own.objid and own.classid = 'pg_ts_dict'::regclass and d.dictnamespace = own.nsp
+select key, 'text search dictionary', dictname, d.oid, 'definition=' || coalesce(dictinitoption, '') {in d pg_ts_dict dictnamespace}
 union all
-select key, 'extension', extname, e.oid, 'definition=' || extversion from own join pg_extension e on e.oid = own.objid and own.classid = 'pg_extension'::regclass and e.extnamespace = own.nsp`)
+select key, 'extension', extname, e.oid, 'definition=' || extversion {in e pg_extension extnamespace}`)
 
-// hashes is one hash for each schema, over what lines gives, in an order that no locale changes.
-var hashes = `select key, encode(sha256(convert_to(string_agg(kind || E'\x1e' || object || E'\x1e' || attributes, E'\n'
+// The two ways to find what lies in a schema. The catalogs have no index by schema, and pg_depend has one: for a few schemas it comes first, so
+// that nothing of the others is read. For many, PostgreSQL would take that way for one of a few rows and join each with each.
+var (
+	inSchema = regexp.MustCompile(`\{in (\w+) (\w+) (\w+)\}`)
+
+	linesOfFew = inSchema.ReplaceAllString(strings.Replace(description, "{own}", `), own as materialized (
+    select distinct t.key, t.nsp, t.nspname, t.q, t.path, t.rol, t.me, d.classid, d.objid from t join pg_depend d on d.refclassid = 'pg_namespace'::regclass and d.refobjid = t.nsp
+    -- a composite type's relation lies where its type does
+    union all select t.key, t.nsp, t.nspname, t.q, t.path, t.rol, t.me, 'pg_class'::regclass, y.typrelid
+    from t join pg_depend d on d.refclassid = 'pg_namespace'::regclass and d.refobjid = t.nsp and d.classid = 'pg_type'::regclass join pg_type y on y.oid = d.objid and y.typtype = 'c'
+`, 1), `from own t join $2 $1 on $1.oid = t.objid and t.classid = '$2'::regclass and $1.$3 = t.nsp`)
+	linesOfMany = inSchema.ReplaceAllString(strings.Replace(description, "{own}", "", 1), `from t join $2 $1 on $1.$3 = t.nsp`)
+)
+
+// few is how many schemas are still looked for one by one.
+const few = 16
+
+// linesOf describes every object of so many schemas.
+func linesOf(schemas int) string {
+	if schemas <= few {
+		return linesOfFew
+	}
+	return linesOfMany
+}
+
+// hashesOf is one hash for each schema, over what lines gives, in an order that no locale changes.
+func hashesOf(schemas int) string {
+	return `select key, encode(sha256(convert_to(string_agg(kind || E'\x1e' || object || E'\x1e' || attributes, E'\n'
     order by kind collate "C", object collate "C", attributes collate "C"), 'UTF8')), 'hex')
-from (` + lines + `) l group by key`
+from (` + linesOf(schemas) + `) l group by key`
+}
 
 // who names a role so that it is the same for every tenant.
 func who(role string) string {

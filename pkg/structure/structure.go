@@ -147,6 +147,10 @@ func Empty(s Schema) string {
 
 // read describes many schemas in one query, by their keys. What is not there is not in the answer.
 func read(ctx context.Context, q postgres.Querier, keys []int32, schemas []Schema) (map[int32]Structure, error) {
+	return readBy(ctx, q, linesOf(len(schemas)), keys, schemas)
+}
+
+func readBy(ctx context.Context, q postgres.Querier, lines string, keys []int32, schemas []Schema) (map[int32]Structure, error) {
 	found := map[int32]Structure{}
 	var owner string
 	if err := q.QueryRow(ctx, `select current_user::text`).Scan(&owner); err != nil {
@@ -169,7 +173,7 @@ func read(ctx context.Context, q postgres.Querier, keys []int32, schemas []Schem
 	return found, err
 }
 
-// hashOf is what hashes computes in the database.
+// hashOf is what hashesOf computes in the database.
 func hashOf(sorted []object) string {
 	all := make([]string, len(sorted))
 	for i, o := range sorted {
@@ -184,7 +188,7 @@ func hash(ctx context.Context, q postgres.Querier, keys []int32, schemas []Schem
 	found := make(map[int32]string, len(keys))
 	var key int32
 	var h string
-	return found, query(ctx, q, hashes, keys, schemas, []any{&key, &h}, func() { found[key] = h })
+	return found, query(ctx, q, hashesOf(len(schemas)), keys, schemas, []any{&key, &h}, func() { found[key] = h })
 }
 
 func query(ctx context.Context, q postgres.Querier, sql string, keys []int32, schemas []Schema, into []any, each func()) error {
