@@ -95,6 +95,7 @@ func (db *DB) AsTenant(ctx context.Context, t tenant.Tenant, s Statement) (done 
 	}
 	err = db.inTenant(ctx, t, &Tx{access: access, anyVersion: true}, func(tx *Tx) error {
 		done, err = tx.statement(ctx, s)
+		tx.ran(done.Rows)
 		return err
 	})
 	if errors.Is(err, errRehearsed) {
@@ -128,6 +129,7 @@ func (db *DB) AsShared(ctx context.Context, s Statement) (done StatementResult, 
 			return err
 		}
 		done, err = tx.statement(ctx, s)
+		tx.ran(done.Rows)
 		return err
 	})
 	if errors.Is(err, errRehearsed) {

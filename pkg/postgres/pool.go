@@ -30,6 +30,8 @@ type group struct {
 	// passed are statements that the guard has let through.
 	passed      sync.Map
 	passedCount atomic.Int64
+	// states are those of the open connections for tenants' work.
+	states sync.Map // *connState -> nothing
 
 	mu     sync.Mutex
 	shared *pgxpool.Pool
@@ -127,8 +129,15 @@ func (g *group) open(pool **pgxpool.Pool, url string, conns int, tune func(*pgxp
 	return p, nil
 }
 
+// trace has the work on a pool's connections counted.
+func (g *group) trace(cfg *pgxpool.Config) {
+	if g.opts.Counter != nil {
+		cfg.ConnConfig.Tracer = tracer{}
+	}
+}
+
 func (g *group) sharedPool() (*pgxpool.Pool, error) {
-	return g.open(&g.shared, g.urls.URL, g.opts.SharedConns, nil)
+	return g.open(&g.shared, g.urls.URL, g.opts.SharedConns, g.trace)
 }
 
 func (g *group) ownerPool() (*pgxpool.Pool, error) {
@@ -236,7 +245,8 @@ func (g *group) makeSubPools(inst Installation) error {
 			cfg.ConnConfig.StatementCacheCapacity = 0
 		}
 		cfg.ConnConfig.DescriptionCacheCapacity = 0
-		cfg.AfterConnect = g.afterConnect
+		cfg.AfterConnect, cfg.BeforeClose = g.afterConnect, g.beforeClose
+		g.trace(cfg)
 		pool, err := pgxpool.NewWithConfig(context.Background(), cfg)
 		if err != nil {
 			for _, s := range subs {
@@ -255,6 +265,9 @@ func (g *group) makeSubPools(inst Installation) error {
 // refuses a pooler that would lose prepared statements.
 func (g *group) greet(ctx context.Context, c *pgx.Conn) error {
 	pgxuuid.Register(c.TypeMap())
+	if g.opts.Counter != nil {
+		c.PgConn().CustomData()[tallyKey] = &tally{}
+	}
 	if g.opts.Statements != Prepared {
 		return nil
 	}
@@ -313,8 +326,16 @@ func (g *group) afterConnect(ctx context.Context, c *pgx.Conn) error {
 			}
 		}
 	}
-	c.PgConn().CustomData()[stateKey] = newConnState(g.opts.HotStatements)
+	st := newConnState(g.opts.HotStatements)
+	c.PgConn().CustomData()[stateKey] = st
+	g.states.Store(st, nil)
 	return nil
+}
+
+func (g *group) beforeClose(c *pgx.Conn) {
+	if st, ok := c.PgConn().CustomData()[stateKey].(*connState); ok {
+		g.states.Delete(st)
+	}
 }
 
 // acquire gets a connection, waiting at most until the deadline.
@@ -432,11 +453,14 @@ func rest(ctx context.Context, d time.Duration) bool {
 // Stats is what the pools of one group are doing.
 type Stats struct {
 	Group   string
-	InUse   int   // tenants' connections at work
-	Idle    int   // tenants' connections at rest
-	Max     int   // tenants' connections at most
-	Waits   int64 // times that work waited for a connection
-	Retired int64 // connections closed because their backends had seen too many tenants
+	InUse   int           // tenants' connections at work
+	Idle    int           // tenants' connections at rest
+	Max     int           // tenants' connections at most
+	Waits   int64         // times that work got a connection that it had to wait for
+	WaitFor time.Duration // all of these waits together
+	GaveUp  int64         // times that work got none: its time was over, or whoever asked had left
+	Retired int64         // connections closed because their backends had seen too many tenants
+	Tenants int           // distinct tenants of the open connection that has seen most
 }
 
 // Stats describes each group that has been used.
@@ -455,8 +479,14 @@ func (db *DB) Stats() []Stats {
 			st.Idle += int(ps.IdleConns())
 			st.Max += int(ps.MaxConns())
 			st.Waits += ps.EmptyAcquireCount()
+			st.WaitFor += ps.EmptyAcquireWaitTime()
+			st.GaveUp += ps.CanceledAcquireCount()
 		}
 		g.mu.Unlock()
+		g.states.Range(func(state, _ any) bool {
+			st.Tenants = max(st.Tenants, int(state.(*connState).known.Load()))
+			return true
+		})
 		all = append(all, st)
 	}
 	return all

@@ -94,7 +94,9 @@ type Options struct {
 	// MaxTenants, when above 0, replaces the computed number of tenants after which a connection is retired.
 	MaxTenants int
 
-	Logger *slog.Logger
+	// Counter is told of transactions; nil: nobody is.
+	Counter Counter
+	Logger  *slog.Logger
 }
 
 // DefaultOptions are the defaults of the configuration; Groups and Secret are the caller's to fill.

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -26,6 +27,7 @@ const stateKey = "oneo"
 // their version only: while versions are mixed, the one's statement would not fit the other.
 type connState struct {
 	seen   map[int32]int32          // tenant -> its version when it was bound here last
+	known  atomic.Int64             // how many those are, for others than the holder
 	latest int32                    // the version bound last, whoever's: the best guess for a tenant not seen
 	shared map[int32]*sharedVersion // by version
 	count  int                      // names in shared
@@ -77,6 +79,7 @@ const unseen = -1
 func (st *connState) meets(tenant int32) {
 	if _, known := st.seen[tenant]; !known {
 		st.seen[tenant] = unseen
+		st.known.Store(int64(len(st.seen)))
 	}
 }
 

@@ -91,6 +91,9 @@ type Tx struct {
 	used  bool             // the one statement of a Single has been sent
 	over  bool
 	err   error // the first thing that PostgreSQL refused: the statement's own reader may have swallowed it
+
+	since time.Time // when the connection was got; zero: there is none, or nobody counts
+	work  Work
 }
 
 var _ Querier = (*Tx)(nil)
@@ -122,7 +125,7 @@ func (db *DB) inTenant(ctx context.Context, t tenant.Tenant, tx *Tx, fn func(*Tx
 	}
 	defer leave()
 	tx.group, tx.sub, tx.tenant = g, sub, t
-	return withTenant(tx.run(ctx, fn), t)
+	return withTenant(tx.counted(ctx, fn), t)
 }
 
 // InShared runs fn in a transaction on the shared tables of the main database, as the app role.
@@ -132,7 +135,7 @@ func (db *DB) InShared(ctx context.Context, a Access, fn func(*Tx) error) error 
 		return err
 	}
 	tx := &Tx{group: g, access: a}
-	return tx.run(ctx, fn)
+	return tx.counted(ctx, fn)
 }
 
 func withTenant(err error, t tenant.Tenant) error {
@@ -159,6 +162,7 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 	defer func() {
 		tx.over = true
 		if !returned {
+			tx.take()
 			tx.rollback(ctx)
 			tx.disown()
 		}
@@ -179,6 +183,7 @@ func (tx *Tx) end(ctx context.Context, fn func() error) error {
 	case tx.begun:
 		tx.rollback(ctx)
 	}
+	tx.take()
 	tx.prove(ctx)
 	return Fault(tx.explain(ctx, err))
 }
@@ -244,6 +249,7 @@ func (tx *Tx) readBinding(br pgx.BatchResults, before int, sent time.Time) error
 		return err
 	}
 	tx.bound = sent
+	tx.uncount()
 	stateOf(tx.conn).saw(tx.tenant.Number, tx.was)
 	return nil
 }
@@ -339,6 +345,7 @@ func (tx *Tx) acquire(ctx context.Context, deadline time.Time) (err error) {
 		tx.conn, err = tx.sub.acquire(ctx, deadline)
 		if err == nil {
 			stateOf(tx.conn).meets(tx.tenant.Number)
+			tx.got()
 		}
 		return err
 	}
@@ -346,7 +353,9 @@ func (tx *Tx) acquire(ctx context.Context, deadline time.Time) (err error) {
 	if err != nil {
 		return err
 	}
-	tx.conn, err = (&subPool{group: tx.group, pool: pool}).acquire(ctx, deadline)
+	if tx.conn, err = (&subPool{group: tx.group, pool: pool}).acquire(ctx, deadline); err == nil {
+		tx.got()
+	}
 	return err
 }
 
@@ -365,6 +374,7 @@ func (tx *Tx) release() {
 		return
 	}
 	tx.conn = nil
+	tx.gave()
 	if tx.sub == nil {
 		if ownerWorn(c) {
 			closeConn(c)
