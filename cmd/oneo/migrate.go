@@ -26,7 +26,7 @@ import (
 
 // The kinds of runs of migrations.
 const (
-	kindMigrate  = rollout.Prefix + "migrate"
+	kindMigrate  = app.KindMigrate
 	kindRehearse = rollout.Prefix + "rehearse"
 )
 

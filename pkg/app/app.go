@@ -19,6 +19,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/migrate"
+	"github.com/oneo-crm/oneo/pkg/observe"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -49,7 +50,8 @@ type App struct {
 	Transfers *transfer.Transfers
 	Resolver  *registry.Resolver
 	Hasher    *auth.Hasher
-	Base      tenant.Host // a tenant's default domain is <slug>.<base>
+	Counter   *observe.Counter // nil: nothing is counted
+	Base      tenant.Host      // a tenant's default domain is <slug>.<base>
 
 	versions *versions
 	closers  []func() error
@@ -88,6 +90,10 @@ func (a *App) open() (err error) {
 	do := DatabaseOptions(c, a.Log)
 	if do.Serves, err = served(c); err != nil {
 		return err
+	}
+	if c.Metrics.Enabled {
+		a.Counter = observe.NewCounter(c.Metrics.Tenants)
+		do.Counter = a.Counter
 	}
 	if a.DB, err = postgres.Open(do); err != nil {
 		return err

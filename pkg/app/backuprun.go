@@ -15,6 +15,9 @@ import (
 // KindBackup is the kind of the runs that back tenants up.
 const KindBackup = rollout.Prefix + "backup"
 
+// KindMigrate is the kind of the runs that migrate tenants.
+const KindMigrate = rollout.Prefix + "migrate"
+
 // BackupRequest is what a process that works on a run of backups must know.
 type BackupRequest struct {
 	Reason  string        `json:"reason,omitempty"`

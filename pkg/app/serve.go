@@ -18,6 +18,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/observe"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -71,6 +72,15 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		return err
 	}
 	so.Provisioning = owner
+	id, err := uuid.NewV7()
+	if err != nil {
+		return err
+	}
+	var observer *observe.Observer
+	if a.Counter != nil {
+		observer = a.observer(id, o.Version)
+		so.Counter, so.Ops = counter{a.Counter}, a.opsHandlers(observer)
+	}
 	s, err := server.New(so)
 	if err != nil {
 		return err
@@ -115,7 +125,10 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	} else {
 		a.Log.Info("this instance cannot provision: database.owner_url is not set")
 	}
-	running.Go(func() { a.enter(beside, s.OpsAddr(), o.Version) })
+	running.Go(func() { a.enter(beside, id, s.OpsAddr(), o.Version) })
+	if observer != nil {
+		running.Go(func() { observer.Run(beside) })
+	}
 	for _, group := range a.DB.Groups() {
 		running.Go(func() { a.versions.watch(beside, group) })
 	}
@@ -210,17 +223,15 @@ const (
 
 const beatEvery = 10 * time.Second
 
+// InstanceDead is how long a server may give no sign of life in public.instances.
+const InstanceDead = 6 * beatEvery
+
 // enter keeps this instance's row in public.instances, and removes it and those of dead ones.
-func (a *App) enter(ctx context.Context, opsAddr, version string) {
-	id, err := uuid.NewV7()
-	if err != nil {
-		a.Log.Error("enter the instance", "error", err)
-		return
-	}
+func (a *App) enter(ctx context.Context, id uuid.UUID, opsAddr, version string) {
 	host, _ := os.Hostname() // empty is a name too
 	beat := func(ctx context.Context) error {
 		return a.DB.InShared(ctx, postgres.Write, func(tx *postgres.Tx) error {
-			return registry.BeatInstance(ctx, tx, registry.Instance{ID: id, Host: host, PID: os.Getpid(), Version: version, OpsAddr: opsAddr}, 6*beatEvery)
+			return registry.BeatInstance(ctx, tx, registry.Instance{ID: id, Host: host, PID: os.Getpid(), Version: version, OpsAddr: opsAddr}, InstanceDead)
 		})
 	}
 	ticker := time.NewTicker(beatEvery)

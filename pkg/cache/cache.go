@@ -280,6 +280,34 @@ func (c *Cache) Stats() Stats {
 	return Stats{Hits: c.hits.Load(), Misses: c.misses.Load(), Held: c.held.len(), Breaker: c.breaker.State().String()}
 }
 
+// State is how Redis is.
+type State struct {
+	Set    bool  // there is one to be asked
+	Up     bool  // it answers
+	Memory int64 // bytes that it holds; 0: unknown, its user may not ask
+}
+
+// State asks Redis how it is, past the breaker: for looks now and then, never on a request's way.
+func (c *Cache) State(ctx context.Context) State {
+	if c.client == nil {
+		return State{}
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	text, err := c.client.Info(ctx, "memory").Result()
+	var said redis.Error
+	if err != nil { // one that refuses the question is there; one that is still reading its files answers nobody
+		return State{Set: true, Up: errors.As(err, &said) && !redis.HasErrorPrefix(err, "LOADING")}
+	}
+	st := State{Set: true, Up: true}
+	for line := range strings.Lines(text) {
+		if value, found := strings.CutPrefix(line, "used_memory:"); found {
+			st.Memory, _ = strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+		}
+	}
+	return st
+}
+
 // Message tells the other processes what to forget.
 type Message struct {
 	Kind  string // the listener's word: letters only

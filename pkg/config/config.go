@@ -29,6 +29,7 @@ type Config struct {
 	Migrate      Migrate      `mapstructure:"migrate"`
 	Runs         Runs         `mapstructure:"runs"`
 	Backup       Backup       `mapstructure:"backup"`
+	Metrics      Metrics      `mapstructure:"metrics"`
 	Log          Log          `mapstructure:"log"`
 }
 
@@ -165,6 +166,12 @@ type Hooks struct {
 	Timeout time.Duration `mapstructure:"timeout"`
 }
 
+// Metrics says what a server counts and tells of it.
+type Metrics struct {
+	Enabled bool `mapstructure:"enabled"`
+	Tenants int  `mapstructure:"tenants"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -195,6 +202,7 @@ func Default() Config {
 		Schemas: Schemas{Poll: 10 * time.Second},
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
+		Metrics: Metrics{Enabled: true, Tenants: 50},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -394,6 +402,7 @@ func (c Config) Validate() error {
 	if k := c.Runs.Keep; k != 0 && k < MinRunsKeep {
 		bad("runs.keep", "must be at least %s, or 0s: for ever", MinRunsKeep)
 	}
+	between("metrics.tenants", c.Metrics.Tenants, 0, 1000)
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
 	if len(fields) == 0 {

@@ -30,7 +30,7 @@ const MaxTenants = 10_000
 // Load is what requests have cost.
 type Load struct {
 	Requests int64 `json:"requests"`
-	Errors   int64 `json:"errors"`  // answered 5xx, but for Refused
+	Errors   int64 `json:"errors"`  // answered 5xx by our fault: without Refused, and without tenants that are suspended or being changed
 	Refused  int64 `json:"refused"` // answered 429 or 503 for a budget or a limit
 	InFlight int64 `json:"in_flight"`
 	// Database is the time that transactions took, from getting a connection to its release.

@@ -130,7 +130,12 @@ func (db *DB) inTenant(ctx context.Context, t tenant.Tenant, tx *Tx, fn func(*Tx
 
 // InShared runs fn in a transaction on the shared tables of the main database, as the app role.
 func (db *DB) InShared(ctx context.Context, a Access, fn func(*Tx) error) error {
-	g, err := db.group(MainGroup)
+	return db.InSharedAt(ctx, MainGroup, a, fn)
+}
+
+// InSharedAt is InShared on the shared tables of a group's database.
+func (db *DB) InSharedAt(ctx context.Context, groupName string, a Access, fn func(*Tx) error) error {
+	g, err := db.group(groupName)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/postgres"
 )
@@ -33,4 +34,14 @@ on conflict (id) do update set heartbeat = now()`
 func RemoveInstance(ctx context.Context, q postgres.Querier, id uuid.UUID) error {
 	_, err := q.Exec(ctx, `delete from public.instances where id = $1`, id)
 	return err
+}
+
+// Instances lists the servers that have given a sign of life within the time dead, those that began first at the beginning.
+func Instances(ctx context.Context, q postgres.Querier, dead time.Duration) ([]Instance, error) {
+	const list = `select id, host, pid, version, ops_addr from public.instances where heartbeat > now() - $1::interval order by started_at, id`
+	rows, err := q.Query(ctx, list, dead)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[Instance])
 }

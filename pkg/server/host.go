@@ -61,6 +61,9 @@ func (s *Server) locate(ctx context.Context, x *exchange) error {
 		return err
 	}
 	x.realm, x.tenant = tenantRealm, t
+	if s.opts.Counter != nil {
+		x.counted = s.opts.Counter.Bind(t)
+	}
 	if err := t.Serving(); err != nil || s.opts.Serves == nil {
 		return err
 	}

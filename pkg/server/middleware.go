@@ -32,6 +32,7 @@ type exchange struct {
 	tenant   tenant.Tenant // zero on public hosts
 	route    string        // the template; empty: none matched
 	identity auth.Identity // zero: anonymous
+	counted  bool          // for the tenant
 
 	status int // 0: nothing has been answered
 	size   int
@@ -64,6 +65,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	x.r = r.WithContext(ctx)
 	x.client = s.clientOf(r, x.peer)
+	if s.opts.Counter != nil {
+		s.opts.Counter.Begin()
+	}
 	defer s.finish(x)
 	for k, v := range s.fixed {
 		w.Header()[k] = v
@@ -138,6 +142,9 @@ func requestID(r *http.Request) string {
 // finish is the last thing of each request: it turns a panic into a 500, when the transaction has been rolled back on
 // the panic's way, and writes the access log.
 func (s *Server) finish(x *exchange) {
+	if s.opts.Counter != nil {
+		defer s.count(x)
+	}
 	if p := recover(); p != nil {
 		if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {
 			panic(p)
@@ -148,6 +155,20 @@ func (s *Server) finish(x *exchange) {
 		s.fail(x, fmt.Errorf("panic: %v", p))
 	}
 	s.accessLog(x)
+}
+
+// count tells the counter how a request ended.
+func (s *Server) count(x *exchange) {
+	a := Answer{Route: x.route, Method: x.r.Method, Status: x.status, Took: time.Since(x.started)}
+	if x.counted {
+		a.Tenant = x.tenant.Number
+	}
+	if x.err != nil {
+		kind := fault.Of(x.err).Kind
+		a.Refused = kind == fault.Busy
+		a.Failed = x.status >= 500 && !a.Refused && kind != fault.Suspended
+	}
+	s.opts.Counter.End(a)
 }
 
 func (s *Server) accessLog(x *exchange) {

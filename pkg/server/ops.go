@@ -40,6 +40,9 @@ func (s *Server) opsHandler() http.Handler {
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	for pattern, h := range s.opts.Ops {
+		mux.Handle(pattern, h)
+	}
 	return mux
 }
 

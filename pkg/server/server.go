@@ -72,6 +72,27 @@ type Cache interface {
 	Set(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration)
 }
 
+// Counter counts requests. It must neither wait nor fail.
+type Counter interface {
+	// Begin is told of each request as it comes.
+	Begin()
+	// Bind is told for which tenant it is, once that is known. False: it will not be counted for the tenant.
+	Bind(t tenant.Tenant) bool
+	// End is told once of each Begin.
+	End(a Answer)
+}
+
+// Answer is how a request ended. Of what the request itself has said it holds the method alone.
+type Answer struct {
+	Tenant  int32  // the number of the one that Bind took; 0: none
+	Route   string // the template; empty: none matched
+	Method  string // as sent: it may be anything
+	Status  int    // 0: nothing was answered
+	Took    time.Duration
+	Refused bool // for a budget or a limit
+	Failed  bool // by our fault: without refused ones and those to a tenant that is suspended or being changed
+}
+
 // Check is one thing that /readyz looks at.
 type Check struct {
 	Name     string
@@ -119,8 +140,12 @@ type Options struct {
 	// OnEnqueued is called after an operation has been queued; nil: the worker finds it by itself.
 	OnEnqueued func()
 	Checks     []Check
-	Logger     *slog.Logger
-	Version    string
+	// Counter is told of each request; nil: nobody counts.
+	Counter Counter
+	// Ops are more handlers of the operators' listener, by pattern as of http.ServeMux.
+	Ops     map[string]http.Handler
+	Logger  *slog.Logger
+	Version string
 
 	MaxBodyBytes      int64
 	MaxHeaderBytes    int
