@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make dev` needs beside Go and is not on this machine: PostgreSQL and Redis, from the distribution's
-# packages. With --ci also what the tests need: PgBouncer, and a C compiler for the race detector.
+# packages. With --ci also what the tests need: PgBouncer, a C compiler for the race detector, and of the package prometheus
+# promtool alone, into /usr/local/bin: the rest is a server and 80 MB of what its pages need.
 # It says nothing and takes no time when everything is there. The packages' own servers are neither made nor started.
 set -euo pipefail
 
@@ -28,16 +29,18 @@ if [ "${1:-}" = --ci ]; then
   has pgbouncer || missing+=(pgbouncer)
   has "${CC:-gcc}" || has clang || missing+=(gcc libc6-dev)
 fi
-if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
+promtool=
+if [ "${1:-}" = --ci ] && ! has promtool; then promtool=missing; fi
+if [ ${#missing[@]} -eq 0 ] && [ -z "$promtool" ]; then exit 0; fi
 
 if ! command -v apt-get >/dev/null; then
-  echo "setup: please install, with this system's package manager: ${missing[*]}" >&2
+  echo "setup: please install, with this system's package manager: ${missing[*]}${promtool:+ promtool}" >&2
   exit 1
 fi
 sudo=()
 if [ "$(id -u)" -ne 0 ]; then
   if ! command -v sudo >/dev/null || ! sudo -n true 2>/dev/null; then
-    echo "setup: please install what is missing: sudo apt-get install ${missing[*]}" >&2
+    echo "setup: please install what is missing: sudo apt-get install ${missing[*]}${promtool:+ prometheus}" >&2
     exit 1
   fi
   sudo=(sudo -n)
@@ -46,6 +49,26 @@ as_root() {
   # An empty array is "unbound" to bash before 4.4.
   ${sudo[@]+"${sudo[@]}"} "$@"
 }
+
+fetch_promtool() {
+  # _apt, whom apt-get would download as, cannot write to a folder of ours.
+  (cd "$1" && as_root apt-get -o APT::Sandbox::User=root -qq download prometheus) &&
+    dpkg-deb --fsys-tarfile "$1"/prometheus_*.deb | tar -x -C "$1" ./usr/bin/promtool &&
+    as_root install -m 755 "$1/usr/bin/promtool" /usr/local/bin/promtool
+}
+if [ -n "$promtool" ]; then
+  echo "setup: fetching promtool" >&2
+  fetched=$(mktemp -d)
+  if ! said=$(fetch_promtool "$fetched" 2>&1) &&
+    { as_root apt-get update -qq >/dev/null 2>&1 || true; ! said=$(fetch_promtool "$fetched" 2>&1); }; then
+    rm -rf "$fetched"
+    tail -n 20 <<<"$said" >&2
+    echo "setup: promtool could not be fetched from the package prometheus" >&2
+    exit 1
+  fi
+  as_root rm -rf "$fetched"
+fi
+if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
 
 # While the packages are installed, and no longer: no service is started (unless the machine has a policy of its own),
 # and PostgreSQL's does not make a cluster.
