@@ -193,6 +193,7 @@ func (in *installation) environment(more ...string) []string {
 type process struct {
 	cmd  *exec.Cmd
 	addr string
+	ops  string // of `oneo serve`
 	log  *os.File
 }
 
@@ -208,7 +209,12 @@ func (in *installation) serve(ctx context.Context, more ...string) (*process, er
 	}
 	cmd := exec.Command(in.b.binary, "serve")
 	cmd.Env = in.environment(append([]string{"ONEO_SERVER_ADDR=" + addr, "ONEO_SERVER_OPS_ADDR=" + ops, "ONEO_SERVER_PUBLIC_URL=http://localhost"}, more...)...)
-	return start(ctx, cmd, addr, "http://"+ops+"/readyz", filepath.Join(in.b.dir, "serve.log"))
+	p, err := start(ctx, cmd, addr, "http://"+ops+"/readyz", filepath.Join(in.b.dir, "serve.log"))
+	if err != nil {
+		return nil, err
+	}
+	p.ops = ops
+	return p, nil
 }
 
 func start(ctx context.Context, cmd *exec.Cmd, addr, ready, log string) (*process, error) {

@@ -375,7 +375,7 @@ func TestStatsAreForWhoeverHasTheToken(t *testing.T) {
 		require.Equal(t, http.StatusUnauthorized, resp.StatusCode, header)
 		require.NotContains(t, string(body), "acme")
 	}
-	require.NotContains(t, observe.Token(secret), pgtest.Secret)
+	require.Equal(t, "c68d011f8c0a7598ef9a46785e071b5fa94ef30221dbadf9e217386d723a91f3", observe.Token([]byte("s3cret")), "as docs/operations.md has openssl make it")
 	w := httptest.NewRecorder()
 	observe.Guard(nil, http.HandlerFunc(s.o.ServeStats)).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/stats", nil))
 	require.Equal(t, http.StatusNotFound, w.Code, "without a secret there is nothing")
