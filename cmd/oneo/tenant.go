@@ -22,7 +22,7 @@ func newTenantCmd(e *env) *cobra.Command {
 	return noun("tenant", "Create, list, suspend, rename and drop tenants",
 		"A tenant is one customer of the product: one PostgreSQL schema, one role, one or more domains.",
 		"  oneo tenant create acme\n  oneo tenant list",
-		newTenantCreateCmd(e), newTenantAdoptCmd(e), newTenantListCmd(e), newTenantShowCmd(e), newTenantRenameCmd(e),
+		newTenantCreateCmd(e), newTenantAdoptCmd(e), newTenantListCmd(e), newTenantShowCmd(e), newTenantRenameCmd(e), newTenantBudgetCmd(e),
 		newTenantStateCmd(e, "suspend", "Stop serving a tenant, and keep it",
 			"Requests at work are finished, later ones are answered 503. Undo it with `oneo tenant resume`.",
 			func(p *provision.Provisioner) stateVerb { return p.Suspend }, "oneo tenant resume "),
@@ -248,6 +248,11 @@ func showTenant(ctx context.Context, e *env, a *app.App, t tenant.Tenant, passwo
 		}
 	case !fault.Is(err, fault.NotFound):
 		e.say("its version cannot be read: %s", fault.Of(err).Message)
+	}
+	if b, err := readBudget(ctx, a, t); err == nil {
+		columns = append(columns, column[tenantRow]{"BUDGET", "budget", func(tenantRow) any { return b }})
+	} else {
+		e.say("its budget cannot be read: %s", fault.Of(err).Message)
 	}
 	if m := cloneMark(row.settings); m != "" {
 		columns = append(columns, column[tenantRow]{"CLONE OF", "clone_of", func(tenantRow) any { return m }})

@@ -115,6 +115,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		})
 		running.Go(func() { a.expireUndoPoints(beside) })
 		running.Go(func() { a.expireRuns(beside) })
+		running.Go(func() { a.measureBudgets(beside) })
 		if schedules != nil {
 			running.Go(func() {
 				if err := schedules.Run(ctx); err != nil { // ctx: what is in hand has the time that requests have
@@ -198,7 +199,8 @@ func (a *App) serverOptions(o ServeOptions) (server.Options, error) {
 	so.LoginPerAccount = server.Rate{Count: c.Auth.LoginsPerMinute, Per: time.Minute}
 	so.LoginPerIP = server.Rate{Count: 6 * c.Auth.LoginsPerMinute, Per: time.Minute}
 	so.RequestsPerIP = server.Rate{Count: c.Server.RequestsPerIP, Per: time.Second}
-	so.RequestsPerTenant = server.Rate{Count: c.Server.RequestsPerTenant, Per: time.Second}
+	so.Budget = BudgetOf(c)
+	so.RequestsPerTenant = server.Rate{Count: so.Budget.Requests, Per: time.Second}
 	so.IdentityTTL, so.LocalTTL = c.Cache.SharedTTL, c.Cache.LocalTTL
 	if c.Redis.URL == "" {
 		so.LocalTTL = min(so.LocalTTL, aloneLocalTTL)

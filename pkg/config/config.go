@@ -20,6 +20,7 @@ import (
 type Config struct {
 	Database     Database     `mapstructure:"database"`
 	Tenancy      Tenancy      `mapstructure:"tenancy"`
+	Budgets      Budgets      `mapstructure:"budgets"`
 	Provisioning Provisioning `mapstructure:"provisioning"`
 	Redis        Redis        `mapstructure:"redis"`
 	Server       Server       `mapstructure:"server"`
@@ -73,6 +74,17 @@ type Tenancy struct {
 	InFlight   int           `mapstructure:"in_flight"`
 	DropGrace  time.Duration `mapstructure:"drop_grace"`
 	DomainHold time.Duration `mapstructure:"domain_hold"`
+}
+
+// Budgets are what each tenant's requests may take, unless `oneo tenant budget` says otherwise for one. 0: no bound but the
+// server's own.
+type Budgets struct {
+	Requests         int           `mapstructure:"requests"`
+	InFlight         int           `mapstructure:"in_flight"`
+	StatementTimeout time.Duration `mapstructure:"statement_timeout"`
+	Storage          Size          `mapstructure:"storage"`
+	Records          int64         `mapstructure:"records"`
+	Measure          time.Duration `mapstructure:"measure"`
 }
 
 // Provisioning says what is made before it is asked for.
@@ -189,6 +201,7 @@ func Default() Config {
 			Statements: "prepared", HotStatements: 2048, BackendMemory: 512 << 20,
 		},
 		Tenancy: Tenancy{Isolation: "role", Logins: 8, DropGrace: 30 * 24 * time.Hour, DomainHold: 7 * 24 * time.Hour},
+		Budgets: Budgets{Measure: 5 * time.Minute},
 		Redis:   Redis{Timeout: 150 * time.Millisecond},
 		Server: Server{
 			Addr: ":8000", OpsAddr: "127.0.0.1:8001", PublicHosts: []string{"localhost"}, BaseDomain: "localhost",
@@ -324,6 +337,20 @@ func (c Config) Validate() error {
 	between("tenancy.in_flight", c.Tenancy.InFlight, 0, 10_000)
 	between("server.requests_per_ip", c.Server.RequestsPerIP, 0, 1_000_000)
 	between("server.requests_per_tenant", c.Server.RequestsPerTenant, 0, 1_000_000)
+	between("budgets.requests", c.Budgets.Requests, 0, 1_000_000)
+	between("budgets.in_flight", c.Budgets.InFlight, 0, 10_000)
+	if c.Budgets.StatementTimeout < 0 || c.Budgets.StatementTimeout%time.Millisecond != 0 {
+		bad("budgets.statement_timeout", "must be whole milliseconds, or 0s: none")
+	}
+	if c.Budgets.Storage < 0 {
+		bad("budgets.storage", "must not be below 0")
+	}
+	if c.Budgets.Records < 0 {
+		bad("budgets.records", "must not be below 0")
+	}
+	if c.Budgets.Measure < time.Second {
+		bad("budgets.measure", "must be at least 1s, for example 5m")
+	}
 	between("provisioning.pool_size", c.Provisioning.PoolSize, 0, 1000)
 	positive("tenancy.drop_grace", c.Tenancy.DropGrace)
 	if c.Tenancy.DomainHold < 0 {

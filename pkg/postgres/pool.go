@@ -257,7 +257,7 @@ func (g *group) makeSubPools(inst Installation) error {
 		subs = append(subs, &subPool{group: g, pool: pool})
 	}
 	g.subs = subs
-	g.inFlight.Store(newInFlight(limit, g.opts.AcquireTimeout))
+	g.inFlight.Store(newInFlight(limit, max(1, conns-1), g.opts.AcquireTimeout))
 	return nil
 }
 

@@ -53,10 +53,10 @@ const (
 	// Schema and role come from the placement itself, never from the caller: whoever holds an old Tenant is still bound
 	// to the right place, or to none. CASE keeps the order: nothing is set before the placement was found active and
 	// its version in the range that this binary serves. While it is being moved it may be read. One column, because each
-	// one is described and sent with every binding: the version. The verbs are the least and the greatest version, statement_timeout, lock_timeout and
+	// one is described and sent with every binding: the version. The verbs are the least and the greatest version, lock_timeout and
 	// idle_in_transaction_session_timeout.
 	formBind = `select coalesce((select case when (p.state = 'active' or p.state = 'moving' and $2 = 'on') and p.version >= %d and p.reader <= %d then case when
-	pg_catalog.set_config('statement_timeout', '%s', true) is not null and
+	pg_catalog.set_config('statement_timeout', $3, true) is not null and
 	pg_catalog.set_config('lock_timeout', '%s', true) is not null and
 	pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true) is not null and
 	pg_catalog.set_config('transaction_read_only', $2, true) is not null and
@@ -65,9 +65,9 @@ const (
 	then p.version end else ext.refuse(case when p.state = 'active' or p.state = 'moving' and $2 = 'on' then 'ON003' else 'ON002' end, p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
 )
 
-// sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on.
+// sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on, with the statement_timeout $3.
 func (o *Options) sqlBind(serves Range) string {
-	return fmt.Sprintf(formBind, serves.Min, serves.Head, ms(o.StatementTimeout), ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
+	return fmt.Sprintf(formBind, serves.Min, serves.Head, ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
 }
 
 // Tx is a transaction bound to one tenant, or one on the shared tables. It runs plain reading and writing statements
@@ -101,7 +101,8 @@ var _ Querier = (*Tx)(nil)
 // InTenant runs fn in a transaction bound to the tenant, and commits only if fn returned nil. The first round trip
 // takes the gate, checks the placement and binds; while the server is away or the gate is held for a moment it is
 // repeated for as long as AcquireTimeout, since nothing has happened yet. Faults: Suspended (also of a tenant whose
-// version is outside of the range that is served), Gone, Busy, Unavailable.
+// version is outside of the range that is served), Gone, Busy, Unavailable. The tenant's Budget, where it says something,
+// bounds its transactions at one time and each statement, the latter never beyond StatementTimeout.
 // A panic in fn rolls back and goes on.
 func (db *DB) InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(*Tx) error) error {
 	return db.inTenant(ctx, t, &Tx{access: a}, fn)
@@ -119,13 +120,25 @@ func (db *DB) inTenant(ctx context.Context, t tenant.Tenant, tx *Tx, fn func(*Tx
 	if err != nil {
 		return err
 	}
-	leave, err := g.inFlight.Load().enter(ctx, t.Number)
+	leave, err := g.inFlight.Load().enter(ctx, t.Number, t.Budget.InFlight)
 	if err != nil {
 		return withTenant(err, t)
 	}
 	defer leave()
 	tx.group, tx.sub, tx.tenant = g, sub, t
 	return withTenant(tx.counted(ctx, fn), t)
+}
+
+// MostInFlight is how many transactions the tenant may have at one time in this process, by its Budget or without one.
+func (db *DB) MostInFlight(ctx context.Context, t tenant.Tenant) (int, error) {
+	g, err := db.group(t.Group)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := g.subPool(ctx, t.Number); err != nil {
+		return 0, err
+	}
+	return g.inFlight.Load().limitOf(t.Budget.InFlight), nil
 }
 
 // InShared runs fn in a transaction on the shared tables of the main database, as the app role.
@@ -279,10 +292,15 @@ func cutShort(ctx context.Context, err error) bool {
 }
 
 func (tx *Tx) bindArgs() []any {
-	if tx.access == Write {
-		return []any{tx.tenant.Number, "off"}
+	timeout := tx.group.opts.StatementTimeout
+	if own := tx.tenant.Budget.StatementTimeout; own > 0 {
+		timeout = min(own, timeout)
 	}
-	return []any{tx.tenant.Number, "on"}
+	readOnly := "on"
+	if tx.access == Write {
+		readOnly = "off"
+	}
+	return []any{tx.tenant.Number, readOnly, ms(timeout)}
 }
 
 func ms(d time.Duration) string { return strconv.FormatInt(max(1, d.Milliseconds()), 10) }

@@ -238,7 +238,9 @@ type wireTenant struct {
 	Epoch      int64
 	Generation int64
 	CreatedAt  time.Time
-	At         int64 // unix milliseconds: when the registry was asked
+	Budget     tenant.Budget `json:",omitzero"`
+	Use        tenant.Use    `json:",omitzero"`
+	At         int64         // unix milliseconds: when the registry was asked
 	// Barred stands where a host has just changed: for a while nobody may store an answer.
 	Barred bool `json:",omitempty"`
 }
@@ -250,6 +252,7 @@ func encodeTenant(t tenant.Tenant, asked time.Time) ([]byte, error) {
 		At:     asked.UnixMilli(),
 		Number: t.Number, ID: t.ID, Slug: t.Slug.String(), Schema: t.Schema.String(), Group: t.Group, State: string(t.State),
 		Name: t.Name, Primary: t.Primary.String(), Epoch: t.Epoch, Generation: t.CacheGeneration, CreatedAt: t.CreatedAt,
+		Budget: t.Budget, Use: t.Use,
 	})
 }
 
@@ -262,7 +265,8 @@ func decodeTenant(raw []byte) (t tenant.Tenant, at time.Time, err error) {
 	if w.Barred {
 		return t, at, errBarred
 	}
-	t = tenant.Tenant{Number: w.Number, ID: w.ID, Group: w.Group, Name: w.Name, Epoch: w.Epoch, CacheGeneration: w.Generation, CreatedAt: w.CreatedAt}
+	t = tenant.Tenant{Number: w.Number, ID: w.ID, Group: w.Group, Name: w.Name, Epoch: w.Epoch, CacheGeneration: w.Generation, CreatedAt: w.CreatedAt,
+		Budget: w.Budget, Use: w.Use}
 	if t.Slug, err = tenant.ParseSlug(w.Slug); err != nil {
 		return t, at, err
 	}

@@ -23,12 +23,12 @@ const tenantColumns = `t.number, t.id::text, t.slug, t.schema, t.name, t.group_n
 
 const fromTenants = ` from public.tenants t left join public.domains p on p.tenant = t.number and p.is_primary`
 
-// scanTenant reads tenantColumns. The words are parsed again: a row that somebody wrote past oneo is an error here and
+// scanTenant reads tenantColumns, and more behind them. The words are parsed again: a row that somebody wrote past oneo is an error here and
 // never an identifier elsewhere.
-func scanTenant(row pgx.Row) (tenant.Tenant, error) {
+func scanTenant(row pgx.Row, more ...any) (tenant.Tenant, error) {
 	var t tenant.Tenant
 	var slug, schema, state, host string
-	err := row.Scan(&t.Number, &t.ID, &slug, &schema, &t.Name, &t.Group, &state, &t.Epoch, &t.CacheGeneration, &t.CreatedAt, &host)
+	err := row.Scan(append([]any{&t.Number, &t.ID, &slug, &schema, &t.Name, &t.Group, &state, &t.Epoch, &t.CacheGeneration, &t.CreatedAt, &host}, more...)...)
 	if err != nil {
 		return tenant.Tenant{}, err
 	}
@@ -104,10 +104,13 @@ func ByNumbers(ctx context.Context, q postgres.Querier, numbers []int32) ([]tena
 	return collectTenants(q.Query(ctx, byNumbers, numbers))
 }
 
-// ByHost finds the tenant of a domain, whatever its state. NotFound: no tenant has it.
+// ByHost finds the tenant of a domain, whatever its state, with its budget. NotFound: no tenant has it.
 func ByHost(ctx context.Context, q postgres.Querier, host tenant.Host) (tenant.Tenant, error) {
-	const byHost = `select ` + tenantColumns + fromTenants + ` join public.domains d on d.tenant = t.number where d.host = $1`
-	t, err := scanTenant(q.QueryRow(ctx, byHost, host.String()))
+	const byHost = `select ` + tenantColumns + `, ` + budgetColumns + fromTenants + ` join public.domains d on d.tenant = t.number
+left join public.budgets b on b.tenant = t.number where d.host = $1`
+	var b budgetRow
+	t, err := scanTenant(q.QueryRow(ctx, byHost, host.String()), b.dest()...)
+	t.Budget, t.Use = b.budget(), b.use
 	if errors.Is(err, pgx.ErrNoRows) {
 		return t, fault.New(fault.NotFound, "no tenant has the host %s", host).WithCode("unknown_host")
 	}

@@ -60,7 +60,8 @@ func (s *Server) locate(ctx context.Context, x *exchange) error {
 	if err != nil {
 		return err
 	}
-	x.realm, x.tenant = tenantRealm, t
+	x.realm, x.tenant, x.rate = tenantRealm, t, s.rateOf(t.Budget)
+	x.tenant.Budget = t.Budget.Or(s.opts.Budget)
 	if s.opts.Counter != nil {
 		x.counted = s.opts.Counter.Bind(t)
 	}

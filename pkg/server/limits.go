@@ -10,6 +10,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 // Rate is how often something may be done: Count times in Per, all of them at once if need be. The zero Rate is no
@@ -51,7 +52,11 @@ func (l *localLimiter) allow(key string, r Rate) Decision {
 	b, _ := l.buckets.ComputeIfAbsent(key, func() (*rate.Limiter, bool) {
 		return rate.NewLimiter(rate.Every(r.Per/time.Duration(r.Count)), r.Count), false
 	})
-	now := time.Now()
+	now := time.Now() // by the monotonic clock: one that is set does not count
+	if limit := rate.Every(r.Per / time.Duration(r.Count)); b.Limit() != limit || b.Burst() != r.Count {
+		b.SetLimitAt(now, limit) // the limit of this key has changed
+		b.SetBurstAt(now, r.Count)
+	}
 	if b.AllowN(now, 1) {
 		return Decision{Allowed: true, Remaining: int(b.TokensAt(now))}
 	}
@@ -74,6 +79,17 @@ func (s *Server) limit(ctx context.Context, x *exchange, name, key string, r Rat
 		d = s.local.allow(key, r)
 	}
 	return s.decided(x, name, r, d)
+}
+
+// rateOf is how often a tenant with this budget of its own may be asked.
+func (s *Server) rateOf(own tenant.Budget) Rate {
+	switch n := own.Requests; {
+	case n > 0:
+		return Rate{Count: n, Per: time.Second}
+	case n == tenant.Unlimited:
+		return Rate{}
+	}
+	return s.opts.RequestsPerTenant
 }
 
 // limitLocally counts in this process only: for what is counted with each request.

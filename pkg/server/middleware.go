@@ -29,7 +29,8 @@ type exchange struct {
 
 	realm    realm
 	host     tenant.Host
-	tenant   tenant.Tenant // zero on public hosts
+	tenant   tenant.Tenant // zero on public hosts; its Budget is the one in force
+	rate     Rate          // of the tenant's requests
 	route    string        // the template; empty: none matched
 	identity auth.Identity // zero: anonymous
 	counted  bool          // for the tenant
@@ -102,8 +103,8 @@ func (s *Server) admit(ctx context.Context, x *exchange) error {
 	if err := s.crossOrigin.Check(x.r); err != nil {
 		return fault.Wrap(err, fault.Forbidden, "a page of another origin may not do this").WithCode("cross_origin")
 	}
-	if x.realm == tenantRealm && s.opts.RequestsPerTenant.Count > 0 {
-		return s.limitLocally(x, "tenant", strconv.Itoa(int(x.tenant.Number)), s.opts.RequestsPerTenant)
+	if x.realm == tenantRealm {
+		return s.limitLocally(x, "tenant", strconv.Itoa(int(x.tenant.Number)), x.rate)
 	}
 	return nil
 }

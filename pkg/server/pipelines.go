@@ -15,14 +15,18 @@ func (s *Server) pipelineRoutes() []route {
 	r := func(method, path string, action auth.Action, access Access, body bodyKind, h Handler) route {
 		return route{method: method, path: pipelinesPath + path, realm: tenantRealm, policy: signedIn, action: action, access: access, body: body, handler: h}
 	}
+	stores := func(rt route) route {
+		rt.stores = true
+		return rt
+	}
 	return []route{
 		r(http.MethodGet, "", auth.ReadRecords, Read, noBody, s.listPipelines),
-		r(http.MethodPost, "", auth.ManagePipelines, Write, jsonBody, s.createPipeline),
+		stores(r(http.MethodPost, "", auth.ManagePipelines, Write, jsonBody, s.createPipeline)),
 		r(http.MethodGet, "/:pipeline", auth.ReadRecords, Read, noBody, s.showPipeline),
-		r(http.MethodPatch, "/:pipeline", auth.ManagePipelines, Write, patchBody, s.patchPipeline),
+		stores(r(http.MethodPatch, "/:pipeline", auth.ManagePipelines, Write, patchBody, s.patchPipeline)),
 		r(http.MethodDelete, "/:pipeline", auth.ManagePipelines, Write, noBody, s.deletePipeline),
-		r(http.MethodPost, "/:pipeline/fields", auth.ManagePipelines, Write, jsonBody, s.addField),
-		r(http.MethodPatch, "/:pipeline/fields/:field", auth.ManagePipelines, Write, patchBody, s.patchField),
+		stores(r(http.MethodPost, "/:pipeline/fields", auth.ManagePipelines, Write, jsonBody, s.addField)),
+		stores(r(http.MethodPatch, "/:pipeline/fields/:field", auth.ManagePipelines, Write, patchBody, s.patchField)),
 		r(http.MethodDelete, "/:pipeline/fields/:field", auth.ManagePipelines, Write, noBody, s.removeField),
 	}
 }

@@ -62,7 +62,7 @@ type problem struct {
 }
 
 // outspoken are the codes of unavailability whose sentence is for strangers too: the others name hosts and databases.
-var outspoken = map[string]bool{"provisioning_unavailable": true, "outcome_unknown": true, "tenant_changed": true, "stopping": true}
+var outspoken = map[string]bool{"provisioning_unavailable": true, "outcome_unknown": true, "tenant_changed": true, "stopping": true, "statement_timeout": true}
 
 const notNow = "the service cannot do this at the moment; please try again"
 

@@ -76,6 +76,9 @@ type route struct {
 	// free is a handler that opens its transactions itself, for work that must not hold one (hashing). Exactly one of
 	// handler and free is set.
 	free func(ctx context.Context, r *Request) (Reply, error)
+	// stores is a route that takes room, and adds one that makes a record: a tenant whose budget for that is used up is
+	// refused.
+	stores, adds bool
 	// owner is a route that needs the owner's connection, behind the operations worker.
 	owner bool
 }
@@ -150,6 +153,16 @@ func (s *Server) handle(ctx context.Context, x *exchange, params gin.Params, rt 
 	}
 	if err := authorise(x, rt); err != nil {
 		return Reply{}, nil, err
+	}
+	if rt.stores {
+		if err := x.tenant.MayStore(); err != nil {
+			return Reply{}, nil, err
+		}
+	}
+	if rt.adds {
+		if err := x.tenant.MayAdd(); err != nil {
+			return Reply{}, nil, err
+		}
 	}
 	if rt.owner && !s.opts.Provisioning {
 		return Reply{}, nil, fault.New(fault.Unavailable, "this instance cannot provision: it has no owner's connection to PostgreSQL").

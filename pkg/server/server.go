@@ -159,7 +159,9 @@ type Options struct {
 	LoginPerAccount   Rate // logins of one tenant for one address and e-mail
 	LoginPerIP        Rate // logins from one address, on all hosts
 	RequestsPerIP     Rate // all requests, per instance; zero: no limit
-	RequestsPerTenant Rate // all requests, per instance; zero: no limit
+	RequestsPerTenant Rate // all requests, per instance, of a tenant whose Budget says nothing else; zero: no limit
+	// Budget is what the requests of a tenant may take whose own Budget says nothing else; of Requests, RequestsPerTenant is.
+	Budget tenant.Budget
 
 	// IdentityTTL is how long who a token stands for is remembered in the Cache, LocalTTL how long in this process:
 	// the time after which a change made by another instance is certain to be seen here.

@@ -55,6 +55,10 @@ type Tenant struct {
 	// CacheGeneration is part of every cache key of the tenant; raising it flushes the tenant's cache.
 	CacheGeneration int64
 	CreatedAt       time.Time
+	// Budget is what an operator has set for the tenant, and Use what was measured last: known of one found by its host,
+	// zero otherwise.
+	Budget Budget
+	Use    Use
 }
 
 // IsZero reports whether t is no tenant at all.
