@@ -355,8 +355,12 @@ func (d databases) InTenant(ctx context.Context, t tenant.Tenant, access server.
 	return d.db.InTenant(ctx, t, postgres.Access(access), func(tx *postgres.Tx) error { return fn(tx) })
 }
 
-func (d databases) InShared(ctx context.Context, access server.Access, fn func(server.Tx) error) error {
-	return d.db.InShared(ctx, postgres.Access(access), func(tx *postgres.Tx) error { return fn(tx) })
+func (d databases) InShared(ctx context.Context, t tenant.Tenant, access server.Access, fn func(server.Tx) error) error {
+	work := func(tx *postgres.Tx) error { return fn(tx) }
+	if t.IsZero() {
+		return d.db.InShared(ctx, postgres.Access(access), work)
+	}
+	return d.db.InSharedFor(ctx, t, postgres.Access(access), work)
 }
 
 type resolver struct{ a *App }

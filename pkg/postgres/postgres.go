@@ -191,7 +191,8 @@ func LoginName(appRole string, k int) string { return fmt.Sprintf("%s_%d", appRo
 
 // DB reaches the databases of all groups. It is safe for concurrent use and must be closed.
 type DB struct {
-	opts Options
+	opts           Options
+	sharedInFlight *inFlight // tenants' requests on the shared tables
 
 	mu     sync.Mutex
 	groups map[string]*group
@@ -205,6 +206,8 @@ func Open(opts Options) (*DB, error) {
 		return nil, err
 	}
 	db := &DB{opts: opts, groups: make(map[string]*group)}
+	shared := max(1, opts.SharedConns/4)
+	db.sharedInFlight = newInFlight(shared, shared, opts.AcquireTimeout)
 	for name, g := range opts.Groups {
 		if g.OwnerURL == "" {
 			g.OwnerURL = g.URL

@@ -141,6 +141,17 @@ func (db *DB) MostInFlight(ctx context.Context, t tenant.Tenant) (int, error) {
 	return g.inFlight.Load().limitOf(t.Budget.InFlight), nil
 }
 
+// InSharedFor is InShared for a tenant's request: at most a quarter of SharedConns are one tenant's at one time, or one.
+// Behind that it waits a bounded time; then the fault is Busy.
+func (db *DB) InSharedFor(ctx context.Context, t tenant.Tenant, a Access, fn func(*Tx) error) error {
+	leave, err := db.sharedInFlight.enter(ctx, t.Number, 0)
+	if err != nil {
+		return withTenant(err, t)
+	}
+	defer leave()
+	return withTenant(db.InShared(ctx, a, fn), t)
+}
+
 // InShared runs fn in a transaction on the shared tables of the main database, as the app role.
 func (db *DB) InShared(ctx context.Context, a Access, fn func(*Tx) error) error {
 	return db.InSharedAt(ctx, MainGroup, a, fn)

@@ -211,7 +211,7 @@ func (s *Server) listTenants(ctx context.Context, r *Request, tx Tx) (Reply, err
 func (s *Server) showTenant(ctx context.Context, r *Request) (Reply, error) {
 	var t tenant.Tenant
 	var v tenantView
-	err := s.opts.Databases.InShared(ctx, Read, func(tx Tx) (err error) {
+	err := s.opts.Databases.InShared(ctx, tenant.Tenant{}, Read, func(tx Tx) (err error) {
 		if t, err = s.adminTenant(ctx, r, tx); err != nil {
 			return err
 		}
@@ -272,7 +272,7 @@ func (s *Server) createTenant(ctx context.Context, r *Request) (Reply, error) {
 		}
 	}
 	var o Operation
-	err = s.opts.Databases.InShared(ctx, Write, func(tx Tx) error {
+	err = s.opts.Databases.InShared(ctx, tenant.Tenant{}, Write, func(tx Tx) error {
 		_, err := s.opts.Admin.Tenant(ctx, tx, c.Slug)
 		if err == nil {
 			return fault.New(fault.Conflict, "there is a tenant %s already", c.Slug).WithCode("tenant_exists")

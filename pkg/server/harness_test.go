@@ -35,8 +35,12 @@ func (d databases) InTenant(ctx context.Context, t tenant.Tenant, a server.Acces
 	return d.db.InTenant(ctx, t, postgres.Access(a), func(tx *postgres.Tx) error { return fn(tx) })
 }
 
-func (d databases) InShared(ctx context.Context, a server.Access, fn func(server.Tx) error) error {
-	return d.db.InShared(ctx, postgres.Access(a), func(tx *postgres.Tx) error { return fn(tx) })
+func (d databases) InShared(ctx context.Context, t tenant.Tenant, a server.Access, fn func(server.Tx) error) error {
+	work := func(tx *postgres.Tx) error { return fn(tx) }
+	if t.IsZero() {
+		return d.db.InShared(ctx, postgres.Access(a), work)
+	}
+	return d.db.InSharedFor(ctx, t, postgres.Access(a), work)
 }
 
 // hosts resolves without remembering.

@@ -187,7 +187,7 @@ func (s *Server) recallIdentity(ctx context.Context, t tenant.Tenant, realm *aut
 func (s *Server) readIdentity(ctx context.Context, x *exchange, realm *auth.Realm, token string) (i auth.Identity, err error) {
 	run := func(a Access, fn func(Tx) error) error {
 		if x.realm == publicRealm {
-			return s.opts.Databases.InShared(ctx, a, fn)
+			return s.opts.Databases.InShared(ctx, tenant.Tenant{}, a, fn)
 		}
 		return s.opts.Databases.InTenant(ctx, x.tenant, a, fn)
 	}

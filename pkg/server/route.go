@@ -198,7 +198,7 @@ func (s *Server) handle(ctx context.Context, x *exchange, params gin.Params, rt 
 	case rt.free != nil:
 		err = work(nil)
 	case rt.shared || x.realm == publicRealm:
-		err = s.opts.Databases.InShared(ctx, rt.access, work)
+		err = s.opts.Databases.InShared(ctx, x.tenant, rt.access, work)
 	default:
 		err = s.opts.Databases.InTenant(ctx, x.tenant, rt.access, work)
 	}
@@ -221,7 +221,7 @@ func (s *Server) handle(ctx context.Context, x *exchange, params gin.Params, rt 
 // within runs fn in the realm of a request: for handlers that open their transactions themselves.
 func (s *Server) within(ctx context.Context, r *Request, a Access, fn func(Tx) error) error {
 	if r.x.realm == publicRealm {
-		return s.opts.Databases.InShared(ctx, a, fn)
+		return s.opts.Databases.InShared(ctx, r.Tenant, a, fn)
 	}
 	return s.opts.Databases.InTenant(ctx, r.Tenant, a, fn)
 }

@@ -51,7 +51,8 @@ type Tx interface {
 // Databases runs work in a transaction that is committed only if fn returned nil.
 type Databases interface {
 	InTenant(ctx context.Context, t tenant.Tenant, a Access, fn func(Tx) error) error
-	InShared(ctx context.Context, a Access, fn func(Tx) error) error
+	// InShared works on the shared tables, for a request of the tenant; zero: of a public host.
+	InShared(ctx context.Context, t tenant.Tenant, a Access, fn func(Tx) error) error
 }
 
 // Resolver finds the tenant of a host. A host that nobody has is a fault of kind NotFound; a tenant that is suspended

@@ -55,7 +55,7 @@ func (s *Server) settings(ctx context.Context, t tenant.Tenant) (json.RawMessage
 		return settings, nil
 	}
 	read := time.Now()
-	err := s.opts.Databases.InShared(ctx, Read, func(tx Tx) (err error) {
+	err := s.opts.Databases.InShared(ctx, t, Read, func(tx Tx) (err error) {
 		settings, err = s.opts.Settings.Settings(ctx, tx, t)
 		return err
 	})
