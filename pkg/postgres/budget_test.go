@@ -34,6 +34,13 @@ func TestStatementsEndByTheBudget(t *testing.T) {
 				require.Equal(t, byDefault, value[string](t, all, generous, access, show), "%s %d: never beyond the server's own", mode, access)
 			}
 		}
+		const helpers = `select current_setting('max_parallel_workers_per_gather')`
+		require.Equal(t, "2", value[string](t, all, bounded, postgres.Read, helpers), "PostgreSQL's own default")
+		bounded.Budget.InFlight = 1
+		for _, access := range []postgres.Access{postgres.Single, postgres.Single, postgres.Read, postgres.Write} {
+			require.Equal(t, "0", value[string](t, all, bounded, access, helpers), "a transaction that is counted takes one process")
+			require.Equal(t, "2", value[string](t, all, c, access, helpers), "and the neighbour's takes what PostgreSQL gives")
+		}
 		bounded.Budget.StatementTimeout = 50 * time.Millisecond
 		for _, access := range []postgres.Access{postgres.Single, postgres.Single, postgres.Read, postgres.Write} {
 			err := try(t.Context(), all, bounded, access, `select pg_sleep(3600)`)

@@ -57,6 +57,7 @@ const (
 	// idle_in_transaction_session_timeout.
 	formBind = `select coalesce((select case when (p.state = 'active' or p.state = 'moving' and $2 = 'on') and p.version >= %d and p.reader <= %d then case when
 	pg_catalog.set_config('statement_timeout', $3, true) is not null and
+	($4 = '' or pg_catalog.set_config('max_parallel_workers_per_gather', $4, true) is not null) and
 	pg_catalog.set_config('lock_timeout', '%s', true) is not null and
 	pg_catalog.set_config('idle_in_transaction_session_timeout', '%s', true) is not null and
 	pg_catalog.set_config('transaction_read_only', $2, true) is not null and
@@ -65,7 +66,8 @@ const (
 	then p.version end else ext.refuse(case when p.state = 'active' or p.state = 'moving' and $2 = 'on' then 'ON003' else 'ON002' end, p.state) end from public.placements p where p.number = $1), ext.refuse('ON002', 'missing'))`
 )
 
-// sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on, with the statement_timeout $3.
+// sqlBind binds the rest of a transaction to the tenant $1, read-only when $2 is on, with the statement_timeout $3
+// and, unless it is empty, $4 helpers to a statement.
 func (o *Options) sqlBind(serves Range) string {
 	return fmt.Sprintf(formBind, serves.Min, serves.Head, ms(o.LockTimeout), ms(o.IdleInTransactionTimeout))
 }
@@ -311,7 +313,11 @@ func (tx *Tx) bindArgs() []any {
 	if tx.access == Write {
 		readOnly = "off"
 	}
-	return []any{tx.tenant.Number, readOnly, ms(timeout)}
+	helpers := "" // as PostgreSQL is set
+	if tx.tenant.Budget.InFlight > 0 {
+		helpers = "0" // transactions that are counted are to take one process each
+	}
+	return []any{tx.tenant.Number, readOnly, ms(timeout), helpers}
 }
 
 func ms(d time.Duration) string { return strconv.FormatInt(max(1, d.Milliseconds()), 10) }

@@ -126,3 +126,23 @@ on conflict (tenant) do update set storage_used = excluded.storage_used, records
 	_, err := q.Exec(ctx, set, numbers, storage, records, storageFull, recordsFull)
 	return err
 }
+
+// Budgets reads what is set for tenants and what was measured last, by their numbers; one of whom there is nothing is missing.
+func Budgets(ctx context.Context, q postgres.Querier, numbers []int32) (map[int32]tenant.Tenant, error) {
+	rows, err := q.Query(ctx, `select b.tenant, t.group_name, `+budgetColumns+` from public.budgets b join public.tenants t on t.number = b.tenant where b.tenant = any($1)`, numbers)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	out := map[int32]tenant.Tenant{}
+	for rows.Next() {
+		var t tenant.Tenant
+		var b budgetRow
+		if err := rows.Scan(append([]any{&t.Number, &t.Group}, b.dest()...)...); err != nil {
+			return nil, err
+		}
+		t.Budget, t.Use = b.budget(), b.use
+		out[t.Number] = t
+	}
+	return out, rows.Err()
+}
