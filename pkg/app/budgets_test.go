@@ -210,7 +210,9 @@ func TestServersHearOfBudgets(t *testing.T) {
 	all(http.StatusCreated, "room was made")
 	set(tenant.Budget{Requests: 1})
 	for _, addr := range addrs {
-		require.Eventually(t, func() bool { return add(t, addr, "acme.localhost", tokens["acme.localhost"]) == http.StatusTooManyRequests },
+		require.Eventually(t, func() bool {
+			return add(t, addr, "acme.localhost", tokens["acme.localhost"]) == http.StatusTooManyRequests
+		},
 			pgtest.Patience, time.Millisecond, "requests, counted by each server without Redis too")
 		require.Equal(t, http.StatusCreated, add(t, addr, "globex.localhost", tokens["globex.localhost"]), "the neighbour")
 	}

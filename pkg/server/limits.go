@@ -92,6 +92,11 @@ func (s *Server) rateOf(own tenant.Budget) Rate {
 	return s.opts.RequestsPerTenant
 }
 
+// outOfTime reports whether a statement was cancelled by the tenant's budget.
+func outOfTime(x *exchange) bool {
+	return x.tenant.Budget.StatementTimeout > 0 && fault.Of(x.err).Code == "statement_timeout"
+}
+
 // limitLocally counts in this process only: for what is counted with each request.
 func (s *Server) limitLocally(x *exchange, name, key string, r Rate) error {
 	if r.Count <= 0 || r.Per <= 0 {

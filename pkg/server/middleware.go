@@ -166,7 +166,7 @@ func (s *Server) count(x *exchange) {
 	}
 	if x.err != nil {
 		kind := fault.Of(x.err).Kind
-		a.Refused = kind == fault.Busy
+		a.Refused = kind == fault.Busy || outOfTime(x)
 		a.Failed = x.status >= 500 && !a.Refused && kind != fault.Suspended
 	}
 	s.opts.Counter.End(a)
