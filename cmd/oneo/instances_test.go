@@ -72,6 +72,10 @@ func TestInstancesHearOfChanges(t *testing.T) {
 	}
 	both("acme.localhost", http.StatusOK, "served")
 	both("www.acme.example", http.StatusNotFound, "nobody's")
+	run("tenant", "budget", "acme", "--requests", "1")
+	both("acme.localhost", http.StatusTooManyRequests, "a budget was set")
+	run("tenant", "budget", "acme", "--reset")
+	both("acme.localhost", http.StatusOK, "and taken back")
 	run("domain", "add", "acme", "www.acme.example")
 	both("www.acme.example", http.StatusOK, "added")
 	run("tenant", "suspend", "acme")
