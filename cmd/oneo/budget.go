@@ -195,18 +195,18 @@ func changeBudget(ctx context.Context, e *env, a *app.App, t tenant.Tenant, chan
 
 // budgetView is what a tenant may take, what is in use, and what of it was set for this tenant.
 type budgetView struct {
-	Tenant           string     `json:"tenant"`
-	Requests         *int       `json:"requests_per_second"`
-	InFlight         int        `json:"in_flight"`
-	StatementTimeout int64      `json:"statement_timeout_ms"`
-	Storage          *int64     `json:"storage_bytes"`
-	StorageUsed      *int64     `json:"storage_used_bytes"`
-	StorageFull      bool       `json:"storage_full"`
-	Records          *int64     `json:"records"`
-	RecordsUsed      *int64     `json:"records_used"`
-	RecordsFull      bool       `json:"records_full"`
-	Own              string     `json:"own"`
-	MeasuredAt       *time.Time `json:"measured_at"`
+	Tenant           string       `json:"tenant"`
+	Requests         *int         `json:"requests_per_second"`
+	InFlight         int          `json:"in_flight"`
+	StatementTimeout int64        `json:"statement_timeout_ms"`
+	Storage          *config.Size `json:"storage_bytes"`
+	StorageUsed      *config.Size `json:"storage_used_bytes"`
+	StorageFull      bool         `json:"storage_full"`
+	Records          *int64       `json:"records"`
+	RecordsUsed      *int64       `json:"records_used"`
+	RecordsFull      bool         `json:"records_full"`
+	Own              string       `json:"own"`
+	MeasuredAt       *time.Time   `json:"measured_at"`
 }
 
 // String is the short form.
@@ -217,20 +217,20 @@ func (b budgetView) String() string {
 	}
 	parts = append(parts, fmt.Sprintf("%d in flight", b.InFlight), fmt.Sprintf("%s a statement", time.Duration(b.StatementTimeout)*time.Millisecond))
 	if b.Storage != nil {
-		parts = append(parts, "storage "+used(b.StorageUsed, *b.Storage, func(n int64) string { return config.Size(n).String() }))
+		parts = append(parts, "storage "+used(b.StorageUsed, *b.Storage))
 	}
 	if b.Records != nil {
-		parts = append(parts, "records "+used(b.RecordsUsed, *b.Records, func(n int64) string { return fmt.Sprint(n) }))
+		parts = append(parts, "records "+used(b.RecordsUsed, *b.Records))
 	}
 	return strings.Join(parts, ", ")
 }
 
 // used is how much of a limit is in use.
-func used(n *int64, limit int64, text func(int64) string) string {
+func used[T any](n *T, limit T) string {
 	if n == nil {
-		return "? of " + text(limit)
+		return fmt.Sprintf("? of %v", limit)
 	}
-	return text(*n) + " of " + text(limit)
+	return fmt.Sprintf("%v of %v", *n, limit)
 }
 
 var budgetColumns = []column[budgetView]{
@@ -257,7 +257,7 @@ func deref[T any](p *T) any {
 }
 
 // limited is a limit as it is shown; nil: there is none.
-func limited[T int | int64](n T) *T {
+func limited[T int | int64 | config.Size](n T) *T {
 	if n == 0 {
 		return nil
 	}
@@ -276,10 +276,11 @@ func readBudget(ctx context.Context, a *app.App, t tenant.Tenant) (v budgetView,
 	}
 	b := own.Or(app.BudgetOf(a.Config))
 	v.Tenant, v.Own = t.Slug.String(), strings.TrimSpace(budgetFlags(own))
-	v.Requests, v.Storage, v.Records = limited(b.Requests), limited(b.Storage), limited(b.Records)
+	v.Requests, v.Storage, v.Records = limited(b.Requests), limited(config.Size(b.Storage)), limited(b.Records)
 	v.StorageFull, v.RecordsFull = tenant.Full(use.Storage, b.Storage, use.StorageFull), tenant.Full(use.Records, b.Records, use.RecordsFull)
 	if v.MeasuredAt != nil && v.Storage != nil {
-		v.StorageUsed = &use.Storage
+		size := config.Size(use.Storage)
+		v.StorageUsed = &size
 	}
 	if v.MeasuredAt != nil && v.Records != nil {
 		v.RecordsUsed = &use.Records

@@ -434,7 +434,7 @@ func topScreen(lines string, width, height int) string {
 			break
 		}
 		if i > 0 {
-			b.WriteString("\r\n")
+			b.WriteString("\n")
 		}
 		if runes := []rune(line); len(runes) > width {
 			line = string(runes[:width])

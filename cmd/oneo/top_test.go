@@ -76,7 +76,7 @@ func TestTopShowsTheBudgetThatIsUsedMost(t *testing.T) {
 func TestTopFitsTheScreen(t *testing.T) {
 	t.Parallel()
 	got := topScreen("one\nzwölf\nthree\n", 4, 2)
-	require.Equal(t, "\x1b[Hone\x1b[K\r\nzwöl\x1b[K\x1b[J", got)
+	require.Equal(t, "\x1b[Hone\x1b[K\nzwöl\x1b[K\x1b[J", got)
 }
 
 // Tenants stand with what they cost the servers that run, and one that does not answer is named.

@@ -849,8 +849,8 @@ func TestFullKnowsTheSharedTables(t *testing.T) {
 	dir := t.TempDir()
 	f := newPlace(t, dir)
 	made := f.full(backup.FullOptions{})
-	require.Equal(t, 11, made.Groups[0].Shared.Tables)
-	in := []string{"groups", "tenants", "domains", "domain_holds", "operations", "audit", "administrators", "administrator_keys", "proofs", "erasures", "ledger"}
+	require.Equal(t, 12, made.Groups[0].Shared.Tables)
+	in := []string{"groups", "tenants", "domains", "domain_holds", "budgets", "operations", "audit", "administrators", "administrator_keys", "proofs", "erasures", "ledger"}
 	out := []string{
 		"administrator_sessions", "instances", // they would log somebody in, or be taken for alive
 		"runs", "tasks", "marks", // runs are over

@@ -385,7 +385,7 @@ from public.placements p left join pg_catalog.pg_namespace n on n.oid = p.namesp
 // sharedTables are the tables of the registry's database that a full backup holds, in an order in which their foreign keys
 // hold, with a condition for its rows. Of every group's it holds the ledger.
 var sharedTables = []struct{ name, where string }{
-	{"groups", ""}, {"tenants", ""}, {"domains", ""}, {"domain_holds", ""},
+	{"groups", ""}, {"tenants", ""}, {"domains", ""}, {"domain_holds", ""}, {"budgets", ""},
 	{"operations", "kind like 'tenant.%'"}, // a run goes on where its tenants' marks are, which are not restored
 	{"audit", ""}, {"administrators", ""}, {"administrator_keys", ""}, {"proofs", ""}, {"erasures", ""}, {ledgerTable, "set = 'tenant' and tenant = any('{%s}')"},
 }
