@@ -156,13 +156,16 @@ func TestSharedWorkOfOneTenantLeavesRoom(t *testing.T) {
 	admin := st.login(t, "acme.localhost", adminMail)
 	other := st.login(t, "globex.localhost", adminMail)
 	// Somebody holds the tenant's row: its changes of settings wait for it.
-	held, release := make(chan struct{}), make(chan struct{})
+	held, end := make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() { close(end) })
 	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer release()
 	wg.Go(func() {
 		if err := st.env.DB.AsOwner(t.Context(), postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 			_, err := tx.Exec(t.Context(), `select from public.tenants where number = $1 for update`, st.acme.Number)
 			close(held)
-			<-release
+			<-end
 			return err
 		}); err != nil {
 			t.Errorf("holder: %v", err)
@@ -189,7 +192,7 @@ func TestSharedWorkOfOneTenantLeavesRoom(t *testing.T) {
 		st.do(t, scenario{name: "another's", method: "PATCH", host: "globex.localhost", path: "/api/v1/settings", token: other, body: `{"b":2}`, status: 200})
 		require.LessOrEqual(t, waiting(), 1, "connections for shared work that one tenant holds")
 	}
-	close(release)
+	release()
 	wg.Wait()
 }
 
