@@ -139,6 +139,13 @@ func (in *installation) crowd(ctx context.Context, p *process, d time.Duration, 
 			next := time.Now().Add(quietEach * time.Duration(i) / quietTenants)
 			for k := 0; ; k++ {
 				if !pauseFor(ctx, time.Until(next)) {
+					// What it meant to ask and could not, because it was held up, counts too.
+					mu.Lock()
+					defer mu.Unlock()
+					for ; time.Since(next) > quietEach; next = next.Add(quietEach) {
+						took = append(took, time.Since(next))
+						q.failures["never sent"]++
+					}
 					return
 				}
 				meant := next
