@@ -36,6 +36,7 @@ var house = map[string]room{
 	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
 	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6}, "pkg/schedule": {layer: 6},
 	"pkg/server": {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet", "pkg/auth", "pkg/crm"}},
+	"pkg/tui":    {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet"}},
 	"pkg/app":    {layer: 8},
 	"cmd/oneo":   {layer: 9},
 }
@@ -44,6 +45,7 @@ var house = map[string]room{
 var owners = map[string][]string{
 	"github.com/gin-gonic/":                   {"pkg/server"},
 	"charm.land/":                             {"pkg/tui"},
+	"github.com/charmbracelet/":               {"pkg/tui"},
 	"github.com/spf13/viper":                  {"pkg/config"},
 	"github.com/go-viper/":                    {"pkg/config"},
 	"github.com/redis/":                       {"pkg/cache"},

@@ -32,6 +32,7 @@ type Config struct {
 	Backup       Backup       `mapstructure:"backup"`
 	Metrics      Metrics      `mapstructure:"metrics"`
 	Log          Log          `mapstructure:"log"`
+	TUI          TUI          `mapstructure:"tui"`
 }
 
 // Database says how PostgreSQL is reached.
@@ -188,6 +189,11 @@ type Metrics struct {
 type Log struct {
 	Level  string `mapstructure:"level"`
 	Format string `mapstructure:"format"`
+}
+
+// TUI says how the dashboard begins.
+type TUI struct {
+	Protected bool `mapstructure:"protected"`
 }
 
 // Default is every setting's default.
