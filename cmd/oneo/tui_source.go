@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -45,7 +46,11 @@ type fleetSource struct {
 var _ tui.Source = (*fleetSource)(nil)
 
 func newFleetSource(a *app.App) *fleetSource {
-	s := &fleetSource{a: a, names: map[int32]string{}, ended: map[string]tui.Run{}, http: &http.Client{}}
+	s := &fleetSource{a: a, names: map[int32]string{}, ended: map[string]tui.Run{}, http: &http.Client{
+		// Straight to the servers: neither a proxy nor a redirection is to get the token.
+		Transport:     &http.Transport{DialContext: (&net.Dialer{Timeout: serverBound}).DialContext, MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
 	if a.Config.Server.Secret != "" {
 		mac := hmac.New(sha256.New, []byte(a.Config.Server.Secret))
 		mac.Write([]byte("oneo ops"))
@@ -503,6 +508,9 @@ func (s *fleetSource) Readings(ctx context.Context, servers []tui.Server) []tui.
 		var st observe.Stats
 		if err := json.NewDecoder(io.LimitReader(body, 64<<20)).Decode(&st); err != nil {
 			return tui.Reading{Server: server, Err: "its answer cannot be read"}
+		}
+		if st.Instance.String() != server.ID { // another one has its port now
+			return tui.Reading{Server: server, Err: "another server answers"}
 		}
 		return readingOf(server, st)
 	})

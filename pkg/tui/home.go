@@ -82,7 +82,7 @@ func homeLines(p palette, pic picture, width, height int) []string {
 
 // field is one line: a name, a value, and what is beside it, in a width.
 func field(p palette, width int, name, value string, t tone, beside string) string {
-	const names, values = 11, 10
+	const names, values = 13, 10
 	v := fit(value, values, true)
 	if len([]rune(value)) > values {
 		v = fit(value, max(values, min(len([]rune(value)), width-names-2)), false)
@@ -167,7 +167,7 @@ func trafficBlock(p palette, pic picture, w int) block {
 	if b.lines = noServers(p, pic, w); b.lines != nil {
 		return b
 	}
-	r, beside := pic.rates, max(0, w-24)
+	r, beside := pic.rates, max(0, w-26)
 	first := "-"
 	if r.Ready {
 		first = rate(r.Requests)
@@ -204,13 +204,13 @@ func poolsBlock(p palette, pic picture, w int) block {
 		if q.Max > 0 && q.InUse >= q.Max {
 			t = bad
 		}
-		beside := bar(float64(q.InUse), float64(q.Max), max(0, min(12, w-24)))
+		beside := bar(float64(q.InUse), float64(q.Max), max(0, min(12, w-26)))
 		if q.Waits > 0 {
 			beside, t = rate(q.Waits)+" waits/s", max(t, warn)
 		}
 		b.lines = append(b.lines, field(p, w, q.Group, count(q.InUse)+" of "+count(q.Max), t, beside))
 	}
-	b.lines = append(b.lines, field(p, w, "in use", percent(last(pic.history.pool), 1), normal, spark(pic.history.pool, max(0, w-24))))
+	b.lines = append(b.lines, field(p, w, "in use", percent(last(pic.history.pool), 1), normal, spark(pic.history.pool, max(0, w-26))))
 	return b
 }
 
@@ -261,7 +261,7 @@ func operationsBlock(p palette, pic picture, w int) block {
 		if i == 2 {
 			break
 		}
-		b.lines = append(b.lines, field(p, w, r.Kind, count(r.ended())+"/"+count(r.tasks()), accent, bar(float64(r.ended()), float64(r.tasks()), max(0, min(12, w-24)))))
+		b.lines = append(b.lines, field(p, w, r.Kind, count(r.ended())+"/"+count(r.tasks()), accent, bar(float64(r.ended()), float64(r.tasks()), max(0, min(12, w-26)))))
 	}
 	for i, o := range pic.fleet.Open {
 		if i == 3 {

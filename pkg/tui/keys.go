@@ -74,7 +74,7 @@ func bindings() []binding {
 		{keys: []string{"1"}, what: "the fleet", do: func(m *Model) command { return m.goHome() }},
 		{keys: []string{"2", "3", "4", "5", "6", "7", "8", "9", "0"}, label: "2…9,0", short: "screens", what: "tenants, migrations, backups, queries, locks, operations, audit, domains, logs", do: nil},
 		{keys: []string{":"}, what: "a screen by its name; tab completes", short: "go to", do: (*Model).askCommand},
-		{keys: []string{"esc"}, what: "back: from the output, the help, the details, the filter, the marks, the screen", short: "back", do: (*Model).back},
+		{keys: []string{"esc"}, what: "back: from the output, the help, the details, the filter, the marks, the screen", do: (*Model).back},
 		{keys: []string{"ctrl+r"}, what: "ask again now", do: (*Model).refresh},
 		{keys: []string{"z"}, what: "undo what was done last and can be undone", do: (*Model).askUndo},
 		{keys: []string{"ctrl+o"}, what: "the output of the last command, or no more", do: (*Model).toggleOutput},
@@ -152,9 +152,9 @@ func hints(p palette, screen string, width int) string {
 	own, shared := keysOf(screen)
 	var parts []string
 	used := 1
-	// What leads on comes first, and how to leave is never missing.
+	// What is this screen's own comes first, and how to leave is never missing.
 	var must, may []binding
-	for _, k := range append(slices.Clone(shared), own...) {
+	for _, k := range append(slices.Clone(own), shared...) {
 		switch {
 		case k.short == "":
 		case k.screens == nil:

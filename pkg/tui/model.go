@@ -95,6 +95,8 @@ type Model struct {
 	output    bool // the job is shown
 	undos     [][]string
 	leaving   bool
+
+	tick func() tea.Cmd // the next second
 }
 
 var _ tea.Model = (*Model)(nil)
@@ -104,9 +106,12 @@ func New(o Options) *Model {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	m := &Model{o: o, palette: newPalette(true), screens: screens(), lists: map[string]*list{}, protected: o.Protected, input: textinput.New()}
+	m := &Model{o: o, palette: newPalette(true), screens: screens(), lists: map[string]*list{}, protected: o.Protected, input: textinput.New(), tick: nextSecond}
 	m.ctx, m.end = context.WithCancel(context.Background())
 	m.input.ShowSuggestions = true
+	still := m.input.Styles()
+	still.Cursor.Blink = false
+	m.input.SetStyles(still)
 	m.input.KeyMap.Paste.SetEnabled(false) // it would run a program; what the terminal pastes comes all the same
 	m.now = o.Now()
 	m.started, m.db.heard = m.now, m.now
@@ -157,7 +162,7 @@ func (m *Model) Init() tea.Cmd {
 	return tea.Batch(tea.RequestBackgroundColor, m.tick(), m.ask())
 }
 
-func (m *Model) tick() tea.Cmd {
+func nextSecond() tea.Cmd {
 	return tea.Tick(time.Second, func(t time.Time) tea.Msg { return tickMsg(t) })
 }
 
@@ -200,10 +205,6 @@ func (m *Model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 	case tea.PasteMsg:
 		if m.typing() {
 			return m, m.typed(msg)
-		}
-	default:
-		if m.typing() {
-			return m, m.typed(msg) // the cursor's blinking
 		}
 	}
 	return m, nil
@@ -286,7 +287,7 @@ func (m *Model) askAges() tea.Cmd {
 
 func (m *Model) askList(l *list, bound time.Duration) tea.Cmd {
 	l.asking, l.urgent = true, false
-	q := question{arg: l.arg, now: m.now, servers: m.pic.fleet.Servers, load: m.pic.rates.Tenants, values: m.values}
+	q := question{arg: l.arg, now: m.now, servers: m.pic.fleet.Servers, load: m.pic.rates.Tenants, head: m.pic.fleet.Head, values: m.values}
 	ctx, source, clock := m.ctx, m.o.Source, m.o.Now
 	return func() tea.Msg {
 		ctx, cancel := context.WithTimeout(ctx, bound)

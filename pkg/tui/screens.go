@@ -3,6 +3,7 @@ package tui
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -34,6 +35,7 @@ type question struct {
 	now     time.Time
 	servers []Server
 	load    map[int32]TenantRate
+	head    int  // the version that the migrations lead to; 0: unknown
 	values  bool // statements with the values in them
 }
 
@@ -51,7 +53,7 @@ func screens() []*screen {
 			every: 5 * time.Second, none: "there are no tenants: n makes one",
 			load: func(ctx context.Context, s Source, q question) ([]row, string, error) {
 				ts, err := s.Tenants(ctx)
-				return rowsOf(ts, func(t Tenant) row { return tenantRow(t, q.load[t.Number], q.now) }), "", err
+				return rowsOf(ts, func(t Tenant) row { return tenantRow(t, q.load[t.Number], q.head, q.now) }), "", err
 			},
 			enter: func(r row) (string, string) { return "users", r.tenant },
 		},
@@ -115,7 +117,7 @@ func screens() []*screen {
 		},
 		{
 			name: "audit", key: "8", alias: []string{"a"}, about: "Who changed what.",
-			columns: []column{{title: "AGE", width: 5, right: true}, {title: "WHO", width: 18}, {title: "WHAT", width: 20}, {title: "TENANT", width: 16},
+			columns: []column{{title: "AGE", width: 5, right: true}, {title: "WHO", width: 16}, {title: "WHAT", width: 16}, {title: "TENANT", width: 16},
 				{title: "DETAILS", width: 12, flex: true}, {title: "REQUEST", width: 24, wide: true}},
 			every: 5 * time.Second, none: "nothing was changed yet",
 			load: func(ctx context.Context, s Source, q question) ([]row, string, error) {
@@ -173,10 +175,12 @@ func rowsOf[T any](items []T, f func(T) row) []row {
 	return rows
 }
 
-func tenantRow(t Tenant, l TenantRate, now time.Time) row {
+func tenantRow(t Tenant, l TenantRate, head int, now time.Time) row {
 	version := number(t.Version)
 	if t.Version == 0 {
 		version = cell{nums: true}
+	} else if t.Version < head && t.State != "dropped" {
+		version.text, version.tone = "▲ "+version.text, warn
 	}
 	return row{
 		id: t.Slug, tenant: t.Slug, state: t.State,
@@ -226,8 +230,8 @@ func stamp(t time.Time) string {
 
 // tail is the end of an id, by which commands find it: its beginning is the time.
 func tail(id string) string {
-	if len(id) > 12 {
-		return id[len(id)-12:]
+	if len(id) == 36 {
+		return id[24:]
 	}
 	return id
 }
@@ -404,7 +408,7 @@ func operationRow(o Operation, now time.Time) row {
 }
 
 func auditRow(a AuditLine, now time.Time) row {
-	details := string(a.Details)
+	details := detailsOf(a.Details)
 	if details == "{}" || details == "null" {
 		details = ""
 	}
@@ -413,6 +417,22 @@ func auditRow(a AuditLine, now time.Time) row {
 		cells:  []cell{age(now, a.At), text(a.Actor), text(a.Action), text(a.Tenant), dim(details), dim(a.Request)},
 		detail: []pair{{"at", stamp(a.At)}, {"who", a.Actor}, {"what", a.Action}, {"tenant", a.Tenant}, {"request", a.Request}, {"details", details}},
 	}
+}
+
+// detailsOf are the details of a line, with no values in the statement that is among them.
+func detailsOf(text json.RawMessage) string {
+	var m map[string]any
+	if json.Unmarshal(text, &m) != nil {
+		return ""
+	}
+	if sql, has := m["statement"].(string); has {
+		m["statement"] = redact(sql)
+	}
+	out, err := json.Marshal(m)
+	if err != nil {
+		return ""
+	}
+	return string(out)
 }
 
 func domainRow(d Domain, now time.Time) row {

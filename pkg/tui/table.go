@@ -21,7 +21,7 @@ type column struct {
 // cell is one value of a row: what is shown, and what it is sorted by.
 type cell struct {
 	text string
-	key  string  // sorted by, when num is not; "": text
+	key  string  // sorted by, when num is not; newRow takes the text, and small letters
 	num  float64 // sorted by when isNum
 	nums bool
 	tone tone
@@ -49,10 +49,8 @@ func (c cell) compare(d cell) int {
 	if c.nums && d.nums {
 		return cmp.Compare(c.num, d.num)
 	}
-	return strings.Compare(c.sorted(), d.sorted())
+	return strings.Compare(c.key, d.key)
 }
-
-func (c cell) sorted() string { return strings.ToLower(cmp.Or(c.key, c.text)) }
 
 // pair is one line of the details.
 type pair struct{ name, value string }
@@ -69,9 +67,12 @@ type row struct {
 
 // newRow completes a row.
 func newRow(r row) row {
-	parts := make([]string, 0, len(r.cells)+1)
-	for _, c := range r.cells {
+	parts := make([]string, 0, len(r.cells))
+	for i, c := range r.cells {
 		parts = append(parts, c.text)
+		if !c.nums {
+			r.cells[i].key = strings.ToLower(cmp.Or(c.key, c.text))
+		}
 	}
 	r.find = strings.ToLower(strings.Join(parts, " "))
 	return r
@@ -125,7 +126,7 @@ type list struct {
 	rows    []row
 	loaded  time.Time // when they were read; zero: not yet
 	asking  bool
-	urgent  bool // somebody waits for them
+	urgent  bool      // somebody waits for them
 	due     time.Time // when they are to be read again
 	err     string    // why they could not be, the last time
 	note    string    // said above them
@@ -149,7 +150,7 @@ func newList(s *screen, arg string) *list {
 // title is how the list calls itself.
 func (l *list) title() string {
 	if l.arg != "" {
-		return l.screen.name + " " + l.arg
+		return l.screen.name + " " + tail(l.arg)
 	}
 	return l.screen.name
 }
