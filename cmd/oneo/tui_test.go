@@ -128,7 +128,7 @@ func TestTheDashboardInATerminal(t *testing.T) {
 	x.keys("Enter")
 	x.sees("$ oneo tenant suspend east", " done ", "z: undo", "◐ suspended")
 	require.Equal(t, "suspended", state("east"))
-	x.keys("Escape", "z")
+	x.keys("z")
 	x.sees("oneo tenant resume east", "enter: run it")
 	x.keys("Enter")
 	x.sees("$ oneo tenant resume east", " done ", "● active")
