@@ -217,7 +217,6 @@ type job struct {
 	undoes bool // it is itself an undo
 	at     int  // the line at work, or the last one
 	out    []string
-	undos  [][]string
 	code   int
 	over   bool
 	begun  time.Time

@@ -208,7 +208,7 @@ func play(t *testing.T, w, h int, change ...func(*Options, *fakeSource)) *stage 
 	o := Options{Source: s.source, Prefix: "oneo", Place: "crm@db1", Now: func() time.Time { return s.clock },
 		Command: func(ctx context.Context, args []string) *exec.Cmd {
 			cmd := exec.CommandContext(ctx, os.Args[0], args...)
-			cmd.Env = append(os.Environ(), "ONEO_TEST_TUI_CHILD=1")
+			cmd.Env = append(os.Environ(), "ONEO_TEST_TUI_CHILD=1", "GORACE=atexit_sleep_ms=0")
 			return cmd
 		}}
 	for _, c := range change {

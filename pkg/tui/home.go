@@ -46,7 +46,7 @@ func homeLines(p palette, pic picture, width, height int) []string {
 			}
 		}
 		blk := b(p, pic, w)
-		if len(blk.lines) == 0 {
+		if len(blk.lines) == 0 || len(stacks[at])+2 >= height && len(stacks[at]) > 0 { // a title alone says nothing
 			continue
 		}
 		if len(stacks[at]) > 0 {
@@ -127,7 +127,8 @@ func tenantsBlock(p palette, pic picture, w int) block {
 			b.lines = append(b.lines, p.in(faint, fit(fmt.Sprintf(" and %d older version(s)", len(pic.fleet.Versions)-most), w, false)))
 			break
 		}
-		beside, t := "", good
+		var beside string
+		t := good
 		switch {
 		case v.Version == pic.fleet.Head:
 			beside = "the newest"

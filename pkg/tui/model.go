@@ -1198,10 +1198,14 @@ func (m *Model) jobLines(w, h int) []string {
 		}
 	}
 	room := max(1, h-len(lines)-1)
-	j.scroll = max(0, min(j.scroll, len(j.out)-room))
+	j.scroll = max(0, min(j.scroll, len(j.out)-1))
 	end := len(j.out) - j.scroll
+	var said []string // of the lines from room above the end, as many as fit: what is asked must be read to its end
 	for _, s := range j.out[max(0, end-room):end] {
-		lines = append(lines, " "+fit(s, max(1, w-1), false))
+		said = append(said, wrap(s, max(1, w-1))...)
+	}
+	for _, s := range said[max(0, len(said)-room):] {
+		lines = append(lines, " "+s)
 	}
 	return append(lines, p.in(t, fit(" "+foot, w, false)))
 }

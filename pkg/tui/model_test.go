@@ -202,6 +202,8 @@ func TestWhatACommandAsksIsAskedOn(t *testing.T) {
 	s.sees("this would change much", "Y: run it with --yes", "exit code 2")
 	s.keys("Y")
 	s.sees("called: migrate -t acme --yes", "done")
+	s.width = 20
+	s.sees("called: migrate -t\n acme --yes") // what is long is not cut
 }
 
 func TestOneCommandAtATimeAndItCanBeStopped(t *testing.T) {
@@ -326,8 +328,8 @@ func TestItFitsIntoEveryTerminal(t *testing.T) {
 	}
 	for name, keys := range acts {
 		s.keys(keys...)
-		for _, w := range []int{0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19, 20, 25, 38, 39, 40, 60, 79, 81} {
-			for _, h := range []int{0, 1, 2, 3, 4, 5, 6, 7, 10, 24} {
+		for _, w := range []int{0, 1, 2, 3, 5, 9, 15, 20, 39, 60, 81} {
+			for _, h := range []int{0, 1, 2, 3, 4, 6, 10, 24} {
 				s.width, s.height = w, h
 				lines := s.draw()
 				require.LessOrEqual(t, len(lines), h, "%s at %dx%d", name, w, h)
