@@ -30,11 +30,22 @@ func sourceOf(t *testing.T, env *pgtest.Env) *fleetSource {
 	return newFleetSource(a)
 }
 
+// next is what comes, unless the work ends before.
+func next[T any](t *testing.T, c <-chan T, ended <-chan error) (got T) {
+	t.Helper()
+	select {
+	case got = <-c:
+	case err := <-ended:
+		t.Fatalf("it has ended: %v", err)
+	}
+	return got
+}
+
 // TestWhatATenantsSessionDoesIsSeenAndCancelled looks at a statement of a tenant's and one that waits for it, and cancels by
 // the tenant that it is for.
 func TestWhatATenantsSessionDoesIsSeenAndCancelled(t *testing.T) {
 	t.Parallel()
-	env := pgtest.New(t)
+	env := pgtest.New(t, func(o *postgres.Options) { o.MaxConns, o.InFlight, o.StatementTimeout = 16, 4, time.Hour })
 	acme, beta := env.Tenant(t, "acme"), env.Tenant(t, "beta")
 	source := sourceOf(t, env)
 	ctx := t.Context()
@@ -60,10 +71,10 @@ func TestWhatATenantsSessionDoesIsSeenAndCancelled(t *testing.T) {
 		})
 	}
 	go do(`select pg_catalog.pg_sleep(3600), 'it is Ada'`, begun)
-	holder := <-pids
-	<-begun
+	holder := next(t, pids, ended)
+	next(t, begun, ended)
 	go do(`select 1`, nil)
-	waiter := <-pids
+	waiter := next(t, pids, ended)
 
 	var sessions []tui.Session
 	require.Eventually(t, func() bool {

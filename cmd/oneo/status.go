@@ -39,7 +39,7 @@ func countFleet(ctx context.Context, a *app.App) (f tui.Fleet, err error) {
 			count(*) filter (where t.state in ('queued', 'running')) "left" from public.tasks t where t.run = o.id) t
 		where o.state in ('running', 'queued') order by o.created_at desc limit 5) r),
 	(select count(*) from public.operations where state = 'failed' and id >= $1 and finished_at > now() - interval '1 day'),
-	(select count(*) from pg_catalog.pg_stat_activity where backend_type = 'client backend'),
+	(select count(datid) from pg_catalog.pg_stat_activity),
 	pg_catalog.current_setting('max_connections')::int,
 	(select count(distinct pid) from pg_catalog.pg_locks where not granted)`
 	var states, at, servers, open, runs []byte

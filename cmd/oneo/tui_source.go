@@ -311,7 +311,7 @@ func (s *fleetSource) Sessions(ctx context.Context) ([]tui.Session, error) {
 select a.pid, coalesce(h.number, 0), coalesce(a.usename, ''), coalesce(a.state, ''), coalesce(a.wait_event_type || ' ' || a.wait_event, ''),
 	a.xact_start, a.query_start, case when a.state is null then '' else left(a.query, 4000) end, coalesce(host(a.client_addr), '')
 from pg_catalog.pg_stat_activity a left join holders h on h.pid = a.pid
-where a.datname = pg_catalog.current_database() and a.pid <> pg_catalog.pg_backend_pid() and a.backend_type = 'client backend'
+where a.datname = pg_catalog.current_database() and a.pid <> pg_catalog.pg_backend_pid()
 	and (h.number is not null or a.state <> 'idle' and a.usename <> current_user) limit 1000`
 	var all []tui.Session
 	err := s.inGroups(func(group string) ([]int32, error) {
