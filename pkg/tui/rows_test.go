@@ -93,6 +93,7 @@ func TestCommandLinesAreReadAsTheyAreWritten(t *testing.T) {
 	}
 	require.Equal(t, []string{"tenant", "resume", "acme"}, undoOf([]string{"x", "tenant acme is suspended; undo: oneo tenant resume acme", "name  acme"}))
 	require.Equal(t, []string{"undo", "01a2"}, undoOf([]string{"to take it back: oneo undo 01a2"}))
+	require.Nil(t, undoOf([]string{"undo: oneo tenant resume $(x)"}))
 	require.Nil(t, undoOf([]string{"undo: rm -r /", "done"}))
 }
 
