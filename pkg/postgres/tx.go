@@ -37,9 +37,7 @@ const (
 	// OperationLock is the lock of which there is one structural operation on a tenant at a time. It is polled, never
 	// waited for inside PostgreSQL.
 	OperationLock int32 = 7302658
-	// GateLock is the first key of the tenants' gates, for who looks for them in pg_locks.
-	GateLock       = lockGate
-	lockPool int32 = 7302659 // what fills and empties the pool of spare schemas, one process at a time; the second key is 0
+	lockPool      int32 = 7302659 // what fills and empties the pool of spare schemas, one process at a time; the second key is 0
 )
 
 const (
