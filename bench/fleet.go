@@ -215,9 +215,10 @@ const (
 	onBlocked     = "blocked"
 	onColumn      = "column"
 	onMemory      = "memory"
+	onDoctor      = "doctor"
 )
 
-var fleetParts = []string{onPending, onColumn, onLive, onBlocked, onMemory, onFingerprint}
+var fleetParts = []string{onPending, onColumn, onLive, onBlocked, onMemory, onFingerprint, onDoctor}
 
 // fleets grows one installation from a tenth of n, at most 100, to n and to many tenants and measures the chosen parts
 // on the way. A part that fails is told, and the others go on.
@@ -230,6 +231,7 @@ func (b *bench) fleets(ctx context.Context, only []string, n, many int) error {
 	var nothing pendings
 	var memory peaks
 	var prints fingerprints
+	var looks examinations
 	steps := []struct {
 		part string
 		size int
@@ -239,12 +241,14 @@ func (b *bench) fleets(ctx context.Context, only []string, n, many int) error {
 		{onMemory, few, func(ctx context.Context) error { return f.memory(ctx, &memory) }},
 		{onPending, n, func(ctx context.Context) error { return f.pending(ctx, &nothing) }},
 		{onFingerprint, n, func(ctx context.Context) error { return f.fingerprint(ctx, &prints) }},
+		{onDoctor, n, func(ctx context.Context) error { return f.examine(ctx, &looks) }},
 		{onLive, n, f.live},
 		{onBlocked, n, f.blocked},
 		{onColumn, n, f.column},
 		{onMemory, n, func(ctx context.Context) error { return f.memory(ctx, &memory) }},
 		{onPending, many, func(ctx context.Context) error { return f.pending(ctx, &nothing) }},
 		{onFingerprint, many, func(ctx context.Context) error { return f.fingerprint(ctx, &prints) }},
+		{onDoctor, many, func(ctx context.Context) error { return f.examine(ctx, &looks) }},
 		{onMemory, many, func(ctx context.Context) error { return f.memory(ctx, &memory) }},
 	}
 	var failed error
@@ -268,6 +272,7 @@ func (b *bench) fleets(ctx context.Context, only []string, n, many int) error {
 	nothing.print(f)
 	memory.print(f)
 	prints.print(f)
+	looks.print(f)
 	return errors.Join(failed, ctx.Err())
 }
 

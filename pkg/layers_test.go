@@ -34,7 +34,7 @@ var house = map[string]room{
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3}, "pkg/inspect": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
-	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6}, "pkg/schedule": {layer: 6},
+	"pkg/rollout": {layer: 6}, "pkg/backup": {layer: 6}, "pkg/schedule": {layer: 6}, "pkg/doctor": {layer: 6},
 	"pkg/server": {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet", "pkg/auth", "pkg/crm"}},
 	"pkg/tui":    {layer: 7, only: []string{"pkg/fault", "pkg/tenant", "pkg/fleet"}},
 	"pkg/app":    {layer: 8},

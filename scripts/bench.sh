@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the benchmarks (bench/) and prints the tables of docs/benchmarks.md. Arguments go to the program: -only create,read,
-# -only fleet or parts of it: pending,column,live,blocked,memory,fingerprint (-help lists the others).
+# -only fleet or parts of it: pending,column,live,blocked,memory,fingerprint,doctor (-help lists the others).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/setup.sh

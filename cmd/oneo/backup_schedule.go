@@ -95,23 +95,9 @@ func backupSchedule(ctx context.Context, e *env, o backupScheduleOptions) error 
 	if err != nil {
 		return err
 	}
-	list, err := a.Schedules()
+	rows, err := schedules(ctx, a)
 	if err != nil {
 		return err
-	}
-	if err := a.Migrate.SharedBehind(ctx); err != nil {
-		return err
-	}
-	standings, err := schedule.Standings(ctx, a.DB)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	rows := make([]scheduled, len(list))
-	for i, sc := range list {
-		st := standings[sc.Name]
-		rows[i] = scheduled{Schedule: a.Config.Backup.Schedules[i], times: sc, Standing: st, now: now}
-		rows[i].state, rows[i].healthy = sc.State(st, now)
 	}
 	if len(rows) == 0 {
 		e.say("there is no schedule: see backup.schedules in config/oneo.yaml")
@@ -133,6 +119,29 @@ func backupSchedule(ctx context.Context, e *env, o backupScheduleOptions) error 
 			WithHint("look into the log of `oneo serve`; oneo backup create makes a backup now")
 	}
 	return nil
+}
+
+// schedules reads where the configuration's stand.
+func schedules(ctx context.Context, a *app.App) ([]scheduled, error) {
+	list, err := a.Schedules()
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Migrate.SharedBehind(ctx); err != nil {
+		return nil, err
+	}
+	standings, err := schedule.Standings(ctx, a.DB)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	rows := make([]scheduled, len(list))
+	for i, sc := range list {
+		st := standings[sc.Name]
+		rows[i] = scheduled{Schedule: a.Config.Backup.Schedules[i], times: sc, Standing: st, now: now}
+		rows[i].state, rows[i].healthy = sc.State(st, now)
+	}
+	return rows, nil
 }
 
 // lateTenant is a tenant whose newest backup is older than a schedule promises.
@@ -184,31 +193,8 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 		if err != nil {
 			return err
 		}
-		for _, r := range rows {
-			if r.IsDrill() { // it promises no backup
-				continue
-			}
-			promised := r.promise()
-			ts, err := a.Selected(ctx, r.Select)
-			if err != nil {
-				return err
-			}
-			ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return t.CreatedAt.After(promised) })
-			newest, err := b.NewestOf(ctx, idsOf(ts))
-			if err != nil {
-				return err
-			}
-			for _, t := range ts {
-				m, has := newest[t.ID]
-				if has && !m.Made.Before(promised) {
-					continue
-				}
-				l := lateTenant{Tenant: t, schedule: r.Schedule.Name, promised: promised}
-				if has {
-					l.newest = &m
-				}
-				late = append(late, l)
-			}
+		if late, err = lateTenants(ctx, a, b, rows); err != nil {
+			return err
 		}
 	}
 	if err := show(e, late, lateColumns); err != nil {
@@ -219,4 +205,36 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 			WithHint("oneo backup create -t %s", late[0].Slug)
 	}
 	return nil
+}
+
+// lateTenants are those whose newest backup is older than one of the schedules promises.
+func lateTenants(ctx context.Context, a *app.App, b *backup.Backups, rows []scheduled) ([]lateTenant, error) {
+	late := []lateTenant{}
+	for _, r := range rows {
+		if r.IsDrill() { // it promises no backup
+			continue
+		}
+		promised := r.promise()
+		ts, err := a.Selected(ctx, r.Select)
+		if err != nil {
+			return nil, err
+		}
+		ts = slices.DeleteFunc(ts, func(t tenant.Tenant) bool { return t.CreatedAt.After(promised) })
+		newest, err := b.NewestOf(ctx, idsOf(ts))
+		if err != nil {
+			return nil, err
+		}
+		for _, t := range ts {
+			m, has := newest[t.ID]
+			if has && !m.Made.Before(promised) {
+				continue
+			}
+			l := lateTenant{Tenant: t, schedule: r.Schedule.Name, promised: promised}
+			if has {
+				l.newest = &m
+			}
+			late = append(late, l)
+		}
+	}
+	return late, nil
 }

@@ -51,7 +51,7 @@ const exitCodes = `Exit codes
    10  tenant, user, key, backup or operation not found
    11  locked by another operation
    12  wrong or missing decryption key
-   13  something is pending or has drifted (--check)
+   13  something is pending, has drifted or is unhealthy (--check, doctor)
    14  verification failed (a damaged archive or backup; migrate lint found errors)
   130  interrupted; the state is safe (serve and dev stopped by a signal: 0)
 `
@@ -355,7 +355,7 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	root.CompletionOptions.HiddenDefaultCmd = false
 	root.AddCommand(
 		newInitCmd(e), newServeCmd(e), newDevCmd(e), newTUICmd(e), newStatusCmd(e), newCancelCmd(e), newTenantCmd(e), newTopCmd(e), newDomainCmd(e), newUserCmd(e), newAdminCmd(e), newKeyCmd(e),
-		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newUndoCmd(e), newSQLCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newConfigCmd(e), newHostsCmd(e), newVersionCmd(e),
+		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newUndoCmd(e), newSQLCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newDoctorCmd(e), newConfigCmd(e), newHostsCmd(e), newVersionCmd(e),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodes},
 	)
 	root.InitDefaultHelpCmd()

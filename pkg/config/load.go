@@ -210,6 +210,9 @@ func readFile(v *viper.Viper, o LoadOptions, known []string, origins Origins) er
 		}
 		v.Set(plain, value)
 		origins[plain] = "file " + path
+		if plain != key { // not there, but in a file of its own
+			origins[plain] = "file " + fmt.Sprint(f.Get(key))
+		}
 	}
 	return nil
 }
