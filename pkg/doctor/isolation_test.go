@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/cache"
@@ -95,6 +96,20 @@ func TestIsolationHolds(t *testing.T) {
 				}
 				require.Equal(t, want, states(proofs), "%v", proofs)
 				requireGone(t, env)
+				for k := range pgtest.Logins { // nothing is left on a pooler's connections either
+					u, err := url.Parse(o.Options.Groups["main"].URL)
+					require.NoError(t, err)
+					u.User = url.User(postgres.LoginName("oneo_app", k))
+					cfg, err := pgx.ParseConfig(u.String())
+					require.NoError(t, err)
+					cfg.DefaultQueryExecMode = pgx.QueryExecModeExec
+					c, err := pgx.ConnectConfig(t.Context(), cfg)
+					require.NoError(t, err)
+					var path string
+					require.NoError(t, c.QueryRow(t.Context(), `select current_setting('search_path')`).Scan(&path))
+					require.Equal(t, `""`, path)
+					require.NoError(t, c.Close(t.Context()))
+				}
 			})
 		}
 	}
