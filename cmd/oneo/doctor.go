@@ -55,6 +55,7 @@ Redis nor the store has answered. A warning is something to see to that harms no
 		}
 		return names, cobra.ShellCompDirectiveNoFileComp
 	}))
+	cmd.AddCommand(newDoctorIsolationCmd(e))
 	return cmd
 }
 
