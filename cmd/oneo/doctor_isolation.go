@@ -51,7 +51,7 @@ The exit code is 13 when something leaks. What was chosen (tenancy.isolation: sc
 			}
 			leaks := 0
 			for _, p := range proofs {
-				if p.State == doctor.Leaks {
+				if p.State == doctor.Fail {
 					leaks++
 				}
 			}

@@ -38,22 +38,11 @@ type IsolationOptions struct {
 	InTenant func(ctx context.Context, t tenant.Tenant, a postgres.Access, fn func(*postgres.Tx) error) error
 }
 
-// ProofState is how one question ended.
-type ProofState string
-
-// What a Proof may say.
-const (
-	Holds   ProofState = "ok"
-	Open    ProofState = "warn" // it leaks in a way that was chosen, as tenancy.isolation: schema
-	Leaks   ProofState = "fail"
-	Skipped ProofState = "skip" // it could not be asked; Why says why
-)
-
 // Proof is the answer to one question about one group.
 type Proof struct {
 	Group string
 	Check string
-	State ProofState
+	State Status // Warn: it leaks in a way that was chosen, as by tenancy.isolation: schema; Skipped: Why says why it could not be asked
 	Tried int    // pieces of work
 	Why   string // what leaked, or would have, and why it did not
 }
@@ -134,17 +123,17 @@ func isolationIn(ctx context.Context, o IsolationOptions, db *postgres.DB, group
 	return p.proofs, nil
 }
 
-func (p *prober) say(check string, state ProofState, tried int, format string, args ...any) {
+func (p *prober) say(check string, state Status, tried int, format string, args ...any) {
 	p.proofs = append(p.proofs, Proof{p.group, check, state, tried, fmt.Sprintf(format, args...)})
 }
 
 // told says what was found, or why there was nothing to find.
 func (p *prober) told(check string, tried int, leaks []string, holds string) {
 	if len(leaks) == 0 {
-		p.say(check, Holds, tried, "%s", holds)
+		p.say(check, OK, tried, "%s", holds)
 		return
 	}
-	p.say(check, Leaks, tried, "%d of %d: %s", len(leaks), tried, leaks[0])
+	p.say(check, Fail, tried, "%d of %d: %s", len(leaks), tried, leaks[0])
 }
 
 // make makes the two tenants, so that they share a login and with it a connection, and a table in each that says whose it is.
@@ -317,7 +306,7 @@ func (p *prober) others(ctx context.Context) error {
 	}
 	switch {
 	case len(leaks) > 0 && p.Options.Isolation == postgres.BySchema:
-		p.say("other schemas", Open, len(p.both), "%s: tenancy.isolation is schema, and all tenants share the rights of one role", leaks[0])
+		p.say("other schemas", Warn, len(p.both), "%s: tenancy.isolation is schema, and all tenants share the rights of one role", leaks[0])
 	default:
 		p.told("other schemas", len(p.both), leaks, "PostgreSQL refuses it: each tenant's role may use its own schema only")
 	}
@@ -528,11 +517,11 @@ func (p *prober) control(ctx context.Context) error {
 	same, across := met(clients[0]), met(clients[1])
 	switch {
 	case across:
-		p.say("a careless client", Holds, 2, "would have leaked, even to other programs: the path that it sets for its session stays on the pooler's connection, and the next client works in %s", left)
+		p.say("a careless client", OK, 2, "would have leaked, even to other programs: the path that it sets for its session stays on the pooler's connection, and the next client works in %s", left)
 	case same:
-		p.say("a careless client", Holds, 2, "would have leaked: the path that it sets for its session is met by whoever borrows its connection next")
+		p.say("a careless client", OK, 2, "would have leaked: the path that it sets for its session is met by whoever borrows its connection next")
 	default:
-		p.say("a careless client", Open, 2, "did not leak although it sets its path for the session: something between oneo and PostgreSQL resets sessions, and the questions above may have seen less than there is")
+		p.say("a careless client", Warn, 2, "did not leak although it sets its path for the session: something between oneo and PostgreSQL resets sessions, and the questions above may have seen less than there is")
 	}
 	return nil
 }

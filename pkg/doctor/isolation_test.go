@@ -39,10 +39,10 @@ func isolation(t *testing.T, env *pgtest.Env, by postgres.Isolation, change func
 }
 
 // states are the answers by question.
-func states(proofs []doctor.Proof) map[string]doctor.ProofState {
-	m := map[string]doctor.ProofState{}
+func states(proofs []doctor.Proof) map[string]doctor.Status {
+	m := map[string]doctor.Status{}
 	for _, p := range proofs {
-		if m[p.Check] != doctor.Leaks {
+		if m[p.Check] != doctor.Fail {
 			m[p.Check] = p.State
 		}
 	}
@@ -88,11 +88,11 @@ func TestIsolationHolds(t *testing.T) {
 				t.Cleanup(func() { _ = o.Cache.Close() })
 				proofs, err := doctor.Isolation(t.Context(), o)
 				require.NoError(t, err)
-				want := map[string]doctor.ProofState{"reads": doctor.Holds, "settings": doctor.Holds, "cursors": doctor.Holds, "prepared statements": doctor.Holds,
-					"temporary tables": doctor.Holds, "session locks": doctor.Holds, "other schemas": doctor.Holds, "roles": doctor.Holds, "writes": doctor.Holds,
-					"sessions": doctor.Holds, "caches": doctor.Holds, "a careless client": doctor.Holds}
+				want := map[string]doctor.Status{"reads": doctor.OK, "settings": doctor.OK, "cursors": doctor.OK, "prepared statements": doctor.OK,
+					"temporary tables": doctor.OK, "session locks": doctor.OK, "other schemas": doctor.OK, "roles": doctor.OK, "writes": doctor.OK,
+					"sessions": doctor.OK, "caches": doctor.OK, "a careless client": doctor.OK}
 				if by == postgres.BySchema {
-					want["other schemas"] = doctor.Open
+					want["other schemas"] = doctor.Warn
 				}
 				require.Equal(t, want, states(proofs), "%v", proofs)
 				requireGone(t, env)
@@ -136,8 +136,8 @@ func TestIsolationThatLeaks(t *testing.T) {
 		o.Rounds = 200
 		proofs, err := doctor.Isolation(t.Context(), o)
 		require.NoError(t, err)
-		require.Equal(t, doctor.Leaks, states(proofs)["reads"])
-		require.Equal(t, doctor.Leaks, states(proofs)["writes"])
+		require.Equal(t, doctor.Fail, states(proofs)["reads"])
+		require.Equal(t, doctor.Fail, states(proofs)["writes"])
 		requireGone(t, env)
 	})
 	for what, c := range map[string]struct{ sql, check string }{
@@ -164,7 +164,7 @@ execute format('grant %I to %I', r.other, r.one); end loop; end $$`, "roles"},
 			}
 			proofs, err := doctor.Isolation(t.Context(), o)
 			require.NoError(t, err)
-			require.Equal(t, doctor.Leaks, states(proofs)[c.check], "%v", proofs)
+			require.Equal(t, doctor.Fail, states(proofs)[c.check], "%v", proofs)
 			requireGone(t, env)
 		})
 	}
