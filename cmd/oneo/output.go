@@ -180,7 +180,14 @@ func writeCSV[T any](out io.Writer, items []T, columns []column[T]) error {
 	}
 	for _, it := range items {
 		for i, c := range columns {
-			row[i] = text(c.value(it))
+			v := c.value(it)
+			switch n := v.(type) { // for programs, as in JSON
+			case bytesOf:
+				v = int64(n)
+			case lasting:
+				v = int64(n)
+			}
+			row[i] = text(v)
 		}
 		if err := w.Write(row); err != nil {
 			return err

@@ -29,7 +29,7 @@ func newTenantCmd(e *env) *cobra.Command {
 		newTenantStateCmd(e, "resume", "Serve a suspended tenant again", "It is served at once.",
 			func(p *provision.Provisioner) stateVerb { return p.Resume }, "oneo tenant suspend "),
 		newTenantExportCmd(e), newTenantImportCmd(e), newTenantCloneCmd(e), newTenantMoveCmd(e),
-		newTenantDropCmd(e), newTenantEraseCmd(e),
+		newTenantDropCmd(e), newTenantEraseCmd(e), newTenantUsageCmd(e),
 		newTenantStateCmd(e, "undrop", "Bring a dropped tenant back",
 			"As long as its grace period lasts, a dropped tenant comes back as it was.",
 			func(p *provision.Provisioner) stateVerb { return p.Undrop }, "oneo tenant drop "),

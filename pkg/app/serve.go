@@ -89,6 +89,12 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		return err
 	}
 
+	var usage *observe.Usage
+	if a.Counter != nil {
+		usage = observe.NewUsage(observe.UsageOptions{Instance: id, Counter: a.Counter, DB: a.DB, Expires: owner, Keep: a.Config.Usage.Keep, Logger: a.Log})
+		defer usage.Close() // when nothing counts any more
+	}
+
 	// What runs beside the server ends after it: requests in flight may still queue and forget.
 	beside, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var running sync.WaitGroup
@@ -129,6 +135,7 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	running.Go(func() { a.enter(beside, id, s.OpsAddr(), o.Version) })
 	if observer != nil {
 		running.Go(func() { observer.Run(beside) })
+		running.Go(func() { usage.Run(beside) })
 	}
 	for _, group := range a.DB.Groups() {
 		running.Go(func() { a.versions.watch(beside, group) })

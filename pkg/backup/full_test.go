@@ -849,12 +849,13 @@ func TestFullKnowsTheSharedTables(t *testing.T) {
 	dir := t.TempDir()
 	f := newPlace(t, dir)
 	made := f.full(backup.FullOptions{})
-	require.Equal(t, 12, made.Groups[0].Shared.Tables)
-	in := []string{"groups", "tenants", "domains", "domain_holds", "budgets", "operations", "audit", "administrators", "administrator_keys", "proofs", "erasures", "ledger"}
+	require.Equal(t, 13, made.Groups[0].Shared.Tables)
+	in := []string{"groups", "tenants", "domains", "domain_holds", "budgets", "operations", "audit", "administrators", "administrator_keys", "proofs", "erasures", "usage", "ledger"}
 	out := []string{
 		"administrator_sessions", "instances", // they would log somebody in, or be taken for alive
 		"runs", "tasks", "marks", // runs are over
 		"schedules",                                // what the configuration says is due from now on
+		"usage_marks",                              // of servers that wrote here
 		"holds", "held", "installation", "readers", // this database's own
 		"placements", "progress", "undo_points", "replaced", "moved", // where what is not restored lies
 	}

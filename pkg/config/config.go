@@ -31,6 +31,7 @@ type Config struct {
 	Runs         Runs         `mapstructure:"runs"`
 	Backup       Backup       `mapstructure:"backup"`
 	Metrics      Metrics      `mapstructure:"metrics"`
+	Usage        Usage        `mapstructure:"usage"`
 	Log          Log          `mapstructure:"log"`
 	TUI          TUI          `mapstructure:"tui"`
 }
@@ -185,6 +186,11 @@ type Metrics struct {
 	Tenants int  `mapstructure:"tenants"`
 }
 
+// Usage says for how long what tenants have used is kept.
+type Usage struct {
+	Keep time.Duration `mapstructure:"keep"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -222,6 +228,7 @@ func Default() Config {
 		Runs:    Runs{Keep: 90 * 24 * time.Hour},
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
 		Metrics: Metrics{Enabled: true, Tenants: 50},
+		Usage:   Usage{Keep: 400 * 24 * time.Hour},
 		Log:     Log{Level: "info", Format: "text"},
 	}
 }
@@ -291,6 +298,9 @@ const MinSecretBytes = 32
 // MinRunsKeep is the least time for which runs are kept: a process that was taken for dead may still come with a change,
 // and must find its mark.
 const MinRunsKeep = time.Hour
+
+// MinUsageKeep is the least time for which usage is kept: a server that could not write may come with what is as old.
+const MinUsageKeep = 24 * time.Hour
 
 // maxCached is cache.MaxTTL; a test holds them equal.
 const maxCached = 24 * time.Hour
@@ -436,6 +446,9 @@ func (c Config) Validate() error {
 		bad("runs.keep", "must be at least %s, or 0s: for ever", MinRunsKeep)
 	}
 	between("metrics.tenants", c.Metrics.Tenants, 0, 1000)
+	if k := c.Usage.Keep; k != 0 && k < MinUsageKeep {
+		bad("usage.keep", "must be at least %s, or 0s: for ever", MinUsageKeep)
+	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
 	if len(fields) == 0 {

@@ -42,6 +42,7 @@ type Counter struct {
 	top   int              // tenants with series of their own
 	other counts           // of the tenants that had none meanwhile
 	shown map[int32]*entry // at most 2 * top
+	owed  map[int32]counts // what Usage has to be told of tenants that are not held any more
 }
 
 var _ postgres.Counter = (*Counter)(nil)
@@ -56,19 +57,19 @@ type shard struct {
 
 // load is what is counted of all requests, and of each tenant's.
 type load struct {
-	requests, errors, refused, inFlight, database, transactions, rows atomic.Int64
+	requests, errors, refused, inFlight, database, transactions, rows, bytes atomic.Int64
 }
 
 // counts is a load at one moment, without what goes down again.
 type counts struct {
-	requests, errors, refused, transactions, rows int64
-	database                                      time.Duration
+	requests, errors, refused, transactions, rows, bytes int64
+	database                                             time.Duration
 }
 
 func (l *load) counts() counts {
 	return counts{
 		requests: l.requests.Load(), errors: l.errors.Load(), refused: l.refused.Load(), transactions: l.transactions.Load(),
-		rows: l.rows.Load(), database: time.Duration(l.database.Load()),
+		rows: l.rows.Load(), bytes: l.bytes.Load(), database: time.Duration(l.database.Load()),
 	}
 }
 
@@ -78,13 +79,14 @@ func (c *counts) add(o counts) {
 	c.refused += o.refused
 	c.transactions += o.transactions
 	c.rows += o.rows
+	c.bytes += o.bytes
 	c.database += o.database
 }
 
 func (c counts) minus(o counts) counts {
 	return counts{
 		requests: c.requests - o.requests, errors: c.errors - o.errors, refused: c.refused - o.refused,
-		transactions: c.transactions - o.transactions, rows: c.rows - o.rows, database: c.database - o.database,
+		transactions: c.transactions - o.transactions, rows: c.rows - o.rows, bytes: c.bytes - o.bytes, database: c.database - o.database,
 	}
 }
 
@@ -99,6 +101,7 @@ type entry struct {
 
 	// Counter.mu guards these.
 	settled counts // what has been added to series, its own or the others'
+	told    counts // what Usage was told of
 	series  counts // what its own show; it had none before
 	as      string // the name in its series
 	fresh   bool   // they are new
@@ -130,7 +133,7 @@ type transactionCount struct {
 
 // NewCounter makes a counter whose /metrics have series of their own for so many tenants.
 func NewCounter(top int) *Counter {
-	c := &Counter{began: time.Now(), limit: MaxTenants, top: top, shown: map[int32]*entry{}}
+	c := &Counter{began: time.Now(), limit: MaxTenants, top: top, shown: map[int32]*entry{}, owed: map[int32]counts{}}
 	c.now = func() time.Duration { return time.Since(c.began) }
 	for i := range c.shards {
 		c.shards[i].tenants = map[int32]*entry{}
@@ -153,6 +156,7 @@ type Answer struct {
 	Route  string // its template; empty: none matched
 	Method string
 	Status int // 0: nothing was answered
+	Bytes  int // of the answer's body
 	Took   time.Duration
 	Refused,
 	Failed bool
@@ -164,7 +168,7 @@ func (c *Counter) Begin() { c.all.inFlight.Add(1) }
 // Bind says for which tenant a request is, between its Begin and its End. False: there is no room for the tenant, or it is
 // not there any more, and the request counts among all only.
 func (c *Counter) Bind(t tenant.Tenant) bool {
-	return c.of(t, func(e *entry) { e.load.inFlight.Add(1) })
+	return c.of(t, func(e *entry) { e.load.inFlight.Add(1) }, counts{requests: 1})
 }
 
 // End counts a request that is over.
@@ -200,6 +204,7 @@ func (c *Counter) End(a Answer) {
 func (l *load) answered(a Answer) {
 	l.requests.Add(1)
 	l.inFlight.Add(-1)
+	l.bytes.Add(int64(a.Bytes))
 	if a.Failed {
 		l.errors.Add(1)
 	}
@@ -222,7 +227,7 @@ func (c *Counter) Transaction(t tenant.Tenant, w postgres.Work) {
 	}
 	c.all.worked(w)
 	if !t.IsZero() {
-		c.of(t, func(e *entry) { e.load.worked(w) })
+		c.of(t, func(e *entry) { e.load.worked(w) }, counts{transactions: 1, rows: w.Rows, database: w.Took})
 	}
 }
 
@@ -234,8 +239,9 @@ func (l *load) worked(w postgres.Work) {
 
 func (c *Counter) shard(number int32) *shard { return &c.shards[uint32(number)%shards] }
 
-// of counts for a tenant, which is entered if it is not there yet and there is room.
-func (c *Counter) of(t tenant.Tenant, count func(*entry)) bool {
+// of counts for a tenant, which is entered if it is not there yet and there is room. Without room only Usage is told, of
+// what is owed.
+func (c *Counter) of(t tenant.Tenant, count func(*entry), owed counts) bool {
 	if t.State == tenant.Dropped || t.State == tenant.Purged {
 		return false
 	}
@@ -251,6 +257,9 @@ func (c *Counter) of(t tenant.Tenant, count func(*entry)) bool {
 	}
 	s.mu.RUnlock()
 	if !c.makeRoom() {
+		c.mu.Lock()
+		c.owe(t.Number, owed)
+		c.mu.Unlock()
 		return false
 	}
 	s.mu.Lock()
@@ -318,7 +327,9 @@ func (c *Counter) remove(e *entry) {
 	delete(s.tenants, e.number)
 	delete(c.shown, e.number)
 	c.held.Add(-1)
-	c.other.add(e.load.counts().minus(e.settled))
+	n := e.load.counts()
+	c.other.add(n.minus(e.settled))
+	c.owe(e.number, n.minus(e.told))
 }
 
 // quiet is how long a tenant may be quiet before it is held no longer.

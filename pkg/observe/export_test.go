@@ -66,3 +66,15 @@ func Labels() map[string][]string {
 	}
 	return labels
 }
+
+// SetNow makes the usage live by a test's time.
+func (u *Usage) SetNow(now func() time.Time) { u.now, u.since = now, now() }
+
+// AfterWrite is called when a write was committed; its error is taken for that of the commit.
+func (u *Usage) AfterWrite(f func() error) { u.after = f }
+
+// SetHeld bounds the rows that are held while they cannot be written.
+func (u *Usage) SetHeld(n int) { u.most = n }
+
+// Measure notes how large tenants are, if nobody has in this hour.
+func (u *Usage) Measure(ctx context.Context) error { return u.measure(ctx) }

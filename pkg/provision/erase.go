@@ -209,7 +209,8 @@ func (p *Provisioner) erasure(ctx context.Context, t tenant.Tenant, x erasing, a
 			}
 			// What was asked about the tenant names people: a first user.
 			const forget = `with o as (update public.operations set request = '{}' where (tenant = $1 or tenant is null and slug = $2) and state in ('done', 'failed')),
-	p as (delete from public.proofs where tenant = $1)
+	p as (delete from public.proofs where tenant = $1),
+	u as (delete from public.usage where tenant = $1)
 update public.tenants set name = '' where number = $1`
 			if _, err := q.Exec(ctx, forget, t.Number, t.Slug.String()); err != nil {
 				return err

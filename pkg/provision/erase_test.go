@@ -31,6 +31,7 @@ func (f fixture) requireErased(t *testing.T, tn tenant.Tenant, group string) {
 	count(0, `select count(*) from public.operations where tenant = $1 and (state = 'running' or request ?| array['name', 'admin_email', 'settings'])`, tn.Number)
 	count(1, `select count(*) from public.audit where tenant = $1 and action = 'tenant.erase'`, tn.Number)
 	count(1, `select count(*) from public.erasures where number = $1`, tn.Number)
+	count(0, `select count(*) from public.usage where tenant = $1`, tn.Number)
 	there := main
 	if group != "main" {
 		there = pgtest.Admin(t, f.adminURL(group))
@@ -122,6 +123,8 @@ func TestErase(t *testing.T) {
 				}
 				require.NoError(t, err)
 				s.archives[acme.ID], s.archives[beta.ID] = 3, 2
+				_, err = pgtest.Admin(t, f.env.AdminURL).Exec(ctx, `insert into public.usage (tenant, hour, requests) select number, now(), 1 from public.tenants`)
+				require.NoError(t, err)
 
 				e, err := p.Erase(ctx, acme.Slug, provision.EraseRequest{Actor: "test"})
 				require.NoError(t, err)

@@ -160,7 +160,7 @@ func (s *Server) finish(x *exchange) {
 
 // count tells the counter how a request ended.
 func (s *Server) count(x *exchange) {
-	a := Answer{Route: x.route, Method: x.r.Method, Status: x.status, Took: time.Since(x.started)}
+	a := Answer{Route: x.route, Method: x.r.Method, Status: x.status, Bytes: x.size, Took: time.Since(x.started)}
 	if x.counted {
 		a.Tenant = x.tenant.Number
 	}

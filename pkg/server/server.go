@@ -89,6 +89,7 @@ type Answer struct {
 	Route   string // the template; empty: none matched
 	Method  string // as sent: it may be anything
 	Status  int    // 0: nothing was answered
+	Bytes   int    // of the answer's body
 	Took    time.Duration
 	Refused bool // for a budget or a limit
 	Failed  bool // by our fault: without refused ones and those to a tenant that is suspended or being changed

@@ -387,7 +387,7 @@ from public.placements p left join pg_catalog.pg_namespace n on n.oid = p.namesp
 var sharedTables = []struct{ name, where string }{
 	{"groups", ""}, {"tenants", ""}, {"domains", ""}, {"domain_holds", ""}, {"budgets", ""},
 	{"operations", "kind like 'tenant.%'"}, // a run goes on where its tenants' marks are, which are not restored
-	{"audit", ""}, {"administrators", ""}, {"administrator_keys", ""}, {"proofs", ""}, {"erasures", ""}, {ledgerTable, "set = 'tenant' and tenant = any('{%s}')"},
+	{"audit", ""}, {"administrators", ""}, {"administrator_keys", ""}, {"proofs", ""}, {"erasures", ""}, {"usage", ""}, {ledgerTable, "set = 'tenant' and tenant = any('{%s}')"},
 }
 
 const ledgerTable = "ledger"
