@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -22,6 +24,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/fleet"
+	"github.com/oneo-crm/oneo/pkg/observe"
 )
 
 // Exit codes; `oneo help exit-codes` explains them.
@@ -73,7 +76,9 @@ type env struct {
 	debug      bool
 	noColor    bool
 	flags      map[string]string // settings given as flags
+	serving    bool              // the log must never be waited for
 
+	logs    *observe.LogWriter // nil: lines are written at once
 	cfg     *config.Config
 	origins config.Origins
 	app     *app.App
@@ -102,6 +107,9 @@ func run(ctx context.Context, args, environ []string, in io.Reader, out, errw io
 		if cerr := e.app.Close(); err == nil {
 			err = cerr
 		}
+	}
+	if e.logs != nil {
+		e.logs.Close(time.Second)
 	}
 	if err == nil {
 		return exitOK
@@ -291,11 +299,25 @@ func (e *env) logger(c config.Config) *slog.Logger {
 		level = slog.LevelDebug
 	}
 	o := &slog.HandlerOptions{Level: level}
-	if c.Log.Format == "json" {
-		return slog.New(slog.NewJSONHandler(e.err, o))
+	form := func(to io.Writer) slog.Handler {
+		if c.Log.Format == "json" {
+			return slog.NewJSONHandler(to, o)
+		}
+		return slog.NewTextHandler(to, o)
 	}
-	return slog.New(slog.NewTextHandler(e.err, o))
+	if e.serving {
+		e.logs = observe.NewLogWriter(e.err, heldLog, func(n int64) []byte {
+			var line bytes.Buffer
+			slog.New(form(&line)).Warn("log lines were lost: nobody took them", "lines", n)
+			return line.Bytes()
+		})
+		return slog.New(form(e.logs))
+	}
+	return slog.New(form(e.err))
 }
+
+// heldLog is how many bytes of lines wait for whoever reads a server's log.
+const heldLog = 4 << 20
 
 // say tells the story, on stderr, unless --quiet.
 func (e *env) say(format string, args ...any) {
@@ -355,7 +377,7 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	root.CompletionOptions.HiddenDefaultCmd = false
 	root.AddCommand(
 		newInitCmd(e), newServeCmd(e), newDevCmd(e), newTUICmd(e), newStatusCmd(e), newCancelCmd(e), newTenantCmd(e), newTopCmd(e), newDomainCmd(e), newUserCmd(e), newAdminCmd(e), newKeyCmd(e),
-		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newUndoCmd(e), newSQLCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newDoctorCmd(e), newConfigCmd(e), newHostsCmd(e), newVersionCmd(e),
+		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newUndoCmd(e), newSQLCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newDoctorCmd(e), newConfigCmd(e), newHostsCmd(e), newLogsCmd(e), newVersionCmd(e),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodes},
 	)
 	root.InitDefaultHelpCmd()

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"runtime/debug"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -66,6 +68,10 @@ server.ops_addr. A signal stops it in order: requests at work are finished.`,
 			if addr != "" {
 				e.flags["server.addr"] = addr
 			}
+			// Whoever reads the log may go away: a write then fails, and the process lives. Nobody waits for these signals; they are
+			// not ignored, which programs that are started would inherit.
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+			e.serving = true
 			a, err := e.open()
 			if err != nil {
 				return err

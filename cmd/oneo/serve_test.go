@@ -89,12 +89,21 @@ type served struct {
 
 func serve(t *testing.T, env *pgtest.Env, extra ...string) *served {
 	t.Helper()
+	logs := &buffer{}
+	s := serveInto(t, env, logs, extra...)
+	s.logs = logs
+	return s
+}
+
+// serveInto is serve with a log that goes elsewhere.
+func serveInto(t *testing.T, env *pgtest.Env, stderr io.Writer, extra ...string) *served {
+	t.Helper()
 	s := &served{port: twoPorts(t), logs: &buffer{}}
 	var n int
 	_, err := fmt.Sscan(s.port, &n)
 	require.NoError(t, err)
 	s.cmd = child(env, append([]string{"ONEO_SERVER_ADDR=127.0.0.1:" + s.port, fmt.Sprintf("ONEO_SERVER_OPS_ADDR=127.0.0.1:%d", n+1)}, extra...), "serve")
-	s.cmd.Stderr = s.logs
+	s.cmd.Stderr = stderr
 	require.NoError(t, s.cmd.Start())
 	t.Cleanup(func() { _ = s.cmd.Process.Kill() })
 	require.Eventually(t, func() bool {

@@ -40,6 +40,7 @@ type App struct {
 	// the App sets it before that store is used.
 	Environ   []string
 	Log       *slog.Logger
+	Logs      *observe.Logs // the last lines of Log
 	DB        *postgres.DB
 	Cache     *cache.Cache
 	Migrate   *migrate.Migrator
@@ -59,7 +60,8 @@ type App struct {
 
 // Open makes the parts; version is the program's. It connects nothing: each connects at its first use.
 func Open(c config.Config, version string, log *slog.Logger) (*App, error) {
-	a := &App{Config: c, Version: version, Log: log, Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
+	a := &App{Config: c, Version: version, Logs: observe.NewLogs(int(c.Log.Keep)), Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
+	a.Log = slog.New(a.Logs.Handler(log.Handler()))
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}

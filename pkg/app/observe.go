@@ -23,13 +23,15 @@ func (a *App) observer(id uuid.UUID, version string) *observe.Observer {
 }
 
 // opsHandlers are those of the operators' listener that tell of this server. Numbers of the whole are for whoever reaches the
-// listener; what each tenant does is for whoever has the token.
-func (a *App) opsHandlers(o *observe.Observer) map[string]http.Handler {
+// listener; what each tenant does is for whoever has the token. Without an observer there are the last lines of the log alone.
+func (a *App) opsHandlers(id uuid.UUID, o *observe.Observer) map[string]http.Handler {
 	secret := []byte(a.Config.Server.Secret)
-	return map[string]http.Handler{
-		"GET /metrics": o.Metrics(),
-		"GET /stats":   observe.Guard(secret, http.HandlerFunc(o.ServeStats)),
+	all := map[string]http.Handler{"GET /logs": observe.Guard(secret, a.Logs.Handle(id))}
+	if o != nil {
+		all["GET /metrics"] = o.Metrics()
+		all["GET /stats"] = observe.Guard(secret, http.HandlerFunc(o.ServeStats))
 	}
+	return all
 }
 
 // counter hands the server's requests to the one that counts them.

@@ -79,8 +79,9 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 	var observer *observe.Observer
 	if a.Counter != nil {
 		observer = a.observer(id, o.Version)
-		so.Counter, so.Ops = counter{a.Counter}, a.opsHandlers(observer)
+		so.Counter = counter{a.Counter}
 	}
+	so.Ops = a.opsHandlers(id, observer)
 	s, err := server.New(so)
 	if err != nil {
 		return err

@@ -195,6 +195,7 @@ type Usage struct {
 type Log struct {
 	Level  string `mapstructure:"level"`
 	Format string `mapstructure:"format"`
+	Keep   Size   `mapstructure:"keep"`
 }
 
 // TUI says how the dashboard begins.
@@ -229,7 +230,7 @@ func Default() Config {
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
 		Metrics: Metrics{Enabled: true, Tenants: 50},
 		Usage:   Usage{Keep: 400 * 24 * time.Hour},
-		Log:     Log{Level: "info", Format: "text"},
+		Log:     Log{Level: "info", Format: "text", Keep: 4 << 20},
 	}
 }
 
@@ -451,6 +452,9 @@ func (c Config) Validate() error {
 	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
+	if c.Log.Keep < 64<<10 || c.Log.Keep > 1<<30 {
+		bad("log.keep", "must be from 64KB to 1GB")
+	}
 	if len(fields) == 0 {
 		return nil
 	}

@@ -62,6 +62,7 @@ func (s *Server) locate(ctx context.Context, x *exchange) error {
 	}
 	x.realm, x.tenant, x.rate = tenantRealm, t, s.rateOf(t.Budget)
 	x.tenant.Budget = t.Budget.Or(s.opts.Budget)
+	x.about.For(t.Slug)
 	if s.opts.Counter != nil {
 		x.counted = s.opts.Counter.Bind(t)
 	}

@@ -23,6 +23,7 @@ type exchange struct {
 	w       http.ResponseWriter
 	r       *http.Request
 	id      string
+	about   *tenant.About // what log lines and traces say of it
 	started time.Time
 	peer    netip.Addr // the other end of the connection
 	client  netip.Addr // who asked: peer, or behind a configured proxy whom that names
@@ -62,7 +63,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.requests.Add(1)
 	defer s.requests.Done()
 	x := &exchange{w: w, started: time.Now(), id: requestID(r), peer: peerOf(r)}
-	ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), exchangeKey{}, x), s.opts.RequestTimeout)
+	x.about = &tenant.About{Request: x.id}
+	ctx, cancel := context.WithTimeout(tenant.WithAbout(context.WithValue(r.Context(), exchangeKey{}, x), x.about), s.opts.RequestTimeout)
 	defer cancel()
 	x.r = r.WithContext(ctx)
 	x.client = s.clientOf(r, x.peer)
