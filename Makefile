@@ -30,6 +30,7 @@ test: ## run the tests, on PostgreSQL and Redis servers that they start themselv
 	@./scripts/setup.sh --ci
 	go test -race -tags $(TAGS) -timeout 18m $$(go list -tags $(TAGS) ./... | grep -vE '$(PLAIN)')
 	go test -tags $(TAGS) -timeout 18m $$(go list -tags $(TAGS) ./... | grep -E '$(PLAIN)')
+	go test -tags $(TAGS),otel -timeout 10m -run 'Trace|Collector' ./pkg/trace ./pkg/app
 
 race: ## run all tests with the race detector: half an hour
 	@./scripts/setup.sh --ci

@@ -30,7 +30,7 @@ var house = map[string]room{
 	"schemas": {layer: 0}, "pkg/fault": {layer: 0}, "pkg/failpoint": {layer: 0},
 	"pkg/tenant": {layer: 1},
 	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/devstack": {layer: 2},
-	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2}, "pkg/store": {layer: 2}, "pkg/mask": {layer: 2},
+	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2}, "pkg/trace": {layer: 2}, "pkg/store": {layer: 2}, "pkg/mask": {layer: 2},
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3}, "pkg/inspect": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},
@@ -48,7 +48,7 @@ var owners = map[string][]string{
 	"github.com/charmbracelet/":               {"pkg/tui"},
 	"github.com/spf13/viper":                  {"pkg/config"},
 	"github.com/go-viper/":                    {"pkg/config"},
-	"github.com/redis/":                       {"pkg/cache"},
+	"github.com/redis/":                       {"pkg/cache", "pkg/trace"},
 	"github.com/go-redis/":                    {"pkg/cache"},
 	"github.com/sony/gobreaker":               {"pkg/cache"},
 	"github.com/alicebob/":                    {"pkg/devstack"},
@@ -65,10 +65,12 @@ var owners = map[string][]string{
 	"github.com/klauspost/":                   {"pkg/archive"},
 	"github.com/minio/":                       {"pkg/store"},
 	"github.com/prometheus/":                  {"pkg/observe"},
+	"github.com/exaring/":                     {"pkg/trace"},
+	"go.opentelemetry.io/":                    {"pkg/trace"},
 }
 
 // from is the lowest layer from which a module may be imported.
-var from = map[string]int{"github.com/": 2, "golang.org/": 1, "gopkg.in/": 2, "filippo.io/": 2, "charm.land/": 7}
+var from = map[string]int{"github.com/": 2, "golang.org/": 1, "gopkg.in/": 2, "filippo.io/": 2, "charm.land/": 7, "go.opentelemetry.io/": 2}
 
 // imports are a room's imports by file, tests left out, and its package comments.
 type imports struct {

@@ -28,6 +28,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/snapshot"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/pkg/trace"
 	"github.com/oneo-crm/oneo/pkg/transfer"
 	"github.com/oneo-crm/oneo/schemas"
 )
@@ -55,6 +56,7 @@ type App struct {
 	Base      tenant.Host      // a tenant's default domain is <slug>.<base>
 
 	versions *versions
+	tracer   trace.Tracer // nil: nothing is traced
 	closers  []func() error
 }
 
@@ -93,6 +95,14 @@ func (a *App) open() (err error) {
 	if do.Serves, err = served(c); err != nil {
 		return err
 	}
+	if a.tracer, err = trace.Open(trace.Options{Endpoint: c.Tracing.Endpoint, Sample: c.Tracing.Sample, Version: a.Version, Logger: a.Log}); err != nil {
+		return err
+	}
+	co := cache.Options{URL: c.Redis.URL, Timeout: c.Redis.Timeout, Logger: a.Log}
+	if a.tracer != nil {
+		a.onClose(a.tracer.Close)
+		do.Tracer, co.Trace = a.tracer.Postgres(), a.tracer.Redis
+	}
 	if c.Metrics.Enabled {
 		a.Counter = observe.NewCounter(c.Metrics.Tenants)
 		do.Counter = a.Counter
@@ -102,7 +112,7 @@ func (a *App) open() (err error) {
 	}
 	a.onClose(func() error { a.DB.Close(); return nil })
 	a.versions = newVersions(a.DB, c.Schemas.Poll, a.Log)
-	if a.Cache, err = cache.Open(cache.Options{URL: c.Redis.URL, Timeout: c.Redis.Timeout, Logger: a.Log}); err != nil {
+	if a.Cache, err = cache.Open(co); err != nil {
 		return err
 	}
 	a.onClose(a.Cache.Close)

@@ -82,6 +82,9 @@ func (a *App) Serve(ctx context.Context, o ServeOptions) error {
 		so.Counter = counter{a.Counter}
 	}
 	so.Ops = a.opsHandlers(id, observer)
+	if a.tracer != nil {
+		so.Trace = a.tracer.Request
+	}
 	s, err := server.New(so)
 	if err != nil {
 		return err

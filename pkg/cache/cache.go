@@ -31,6 +31,8 @@ type Options struct {
 	URL     string        // empty: there is none, and nothing is kept
 	Timeout time.Duration // for each command
 	Logger  *slog.Logger
+	// Trace makes the client traced; nil: it is not.
+	Trace func(*redis.Client) error
 }
 
 // MaxTTL bounds how long anything is kept.
@@ -81,6 +83,11 @@ func Open(o Options) (*Cache, error) {
 		ro.ReadTimeout, ro.WriteTimeout, ro.ContextTimeoutEnabled = o.Timeout, o.Timeout, true
 		ro.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 		c.client = redis.NewClient(ro)
+		if o.Trace != nil {
+			if err := o.Trace(c.client); err != nil {
+				return nil, err
+			}
+		}
 	}
 	limiter, err := newLimiter(c)
 	if err != nil {

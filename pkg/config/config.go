@@ -32,6 +32,7 @@ type Config struct {
 	Backup       Backup       `mapstructure:"backup"`
 	Metrics      Metrics      `mapstructure:"metrics"`
 	Usage        Usage        `mapstructure:"usage"`
+	Tracing      Tracing      `mapstructure:"tracing"`
 	Log          Log          `mapstructure:"log"`
 	TUI          TUI          `mapstructure:"tui"`
 }
@@ -191,6 +192,12 @@ type Usage struct {
 	Keep time.Duration `mapstructure:"keep"`
 }
 
+// Tracing says where traces of requests go.
+type Tracing struct {
+	Endpoint string  `mapstructure:"endpoint"`
+	Sample   float64 `mapstructure:"sample"`
+}
+
 // Log says what is logged and how.
 type Log struct {
 	Level  string `mapstructure:"level"`
@@ -230,6 +237,7 @@ func Default() Config {
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
 		Metrics: Metrics{Enabled: true, Tenants: 50},
 		Usage:   Usage{Keep: 400 * 24 * time.Hour},
+		Tracing: Tracing{Sample: 1},
 		Log:     Log{Level: "info", Format: "text", Keep: 4 << 20},
 	}
 }
@@ -449,6 +457,15 @@ func (c Config) Validate() error {
 	between("metrics.tenants", c.Metrics.Tenants, 0, 1000)
 	if k := c.Usage.Keep; k != 0 && k < MinUsageKeep {
 		bad("usage.keep", "must be at least %s, or 0s: for ever", MinUsageKeep)
+	}
+	if c.Tracing.Endpoint != "" {
+		u, err := url.Parse(c.Tracing.Endpoint)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil {
+			bad("tracing.endpoint", "must be an http or https URL without a password, for example http://collector:4318")
+		}
+	}
+	if s := c.Tracing.Sample; !(s >= 0 && s <= 1) {
+		bad("tracing.sample", "must be from 0 to 1")
 	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")

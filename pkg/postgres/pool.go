@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -129,10 +130,21 @@ func (g *group) open(pool **pgxpool.Pool, url string, conns int, tune func(*pgxp
 	return p, nil
 }
 
-// trace has the work on a pool's connections counted.
+// trace has the work on a pool's connections counted and traced.
 func (g *group) trace(cfg *pgxpool.Config) {
+	var all []pgx.QueryTracer
 	if g.opts.Counter != nil {
-		cfg.ConnConfig.Tracer = tracer{}
+		all = append(all, tracer{})
+	}
+	if g.opts.Tracer != nil {
+		all = append(all, g.opts.Tracer)
+	}
+	switch len(all) {
+	case 0:
+	case 1:
+		cfg.ConnConfig.Tracer = all[0]
+	default:
+		cfg.ConnConfig.Tracer = multitracer.New(all...)
 	}
 }
 

@@ -96,7 +96,9 @@ type Options struct {
 
 	// Counter is told of transactions; nil: nobody is.
 	Counter Counter
-	Logger  *slog.Logger
+	// Tracer is told of statements on the pools' connections, besides; nil: nobody is.
+	Tracer pgx.QueryTracer
+	Logger *slog.Logger
 }
 
 // DefaultOptions are the defaults of the configuration; Groups and Secret are the caller's to fill.

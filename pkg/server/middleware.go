@@ -30,11 +30,12 @@ type exchange struct {
 
 	realm    realm
 	host     tenant.Host
-	tenant   tenant.Tenant // zero on public hosts; its Budget is the one in force
-	rate     Rate          // of the tenant's requests
-	route    string        // the template; empty: none matched
-	identity auth.Identity // zero: anonymous
-	counted  bool          // for the tenant
+	tenant   tenant.Tenant                  // zero on public hosts; its Budget is the one in force
+	rate     Rate                           // of the tenant's requests
+	route    string                         // the template; empty: none matched
+	identity auth.Identity                  // zero: anonymous
+	counted  bool                           // for the tenant
+	traced   func(route string, status int) // nil: it is not
 
 	status int // 0: nothing has been answered
 	size   int
@@ -64,7 +65,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.requests.Done()
 	x := &exchange{w: w, started: time.Now(), id: requestID(r), peer: peerOf(r)}
 	x.about = &tenant.About{Request: x.id}
-	ctx, cancel := context.WithTimeout(tenant.WithAbout(context.WithValue(r.Context(), exchangeKey{}, x), x.about), s.opts.RequestTimeout)
+	ctx := tenant.WithAbout(context.WithValue(r.Context(), exchangeKey{}, x), x.about)
+	if s.opts.Trace != nil {
+		ctx, x.traced = s.opts.Trace(ctx, r.Method)
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.opts.RequestTimeout)
 	defer cancel()
 	x.r = r.WithContext(ctx)
 	x.client = s.clientOf(r, x.peer)
@@ -147,6 +152,9 @@ func requestID(r *http.Request) string {
 func (s *Server) finish(x *exchange) {
 	if s.opts.Counter != nil {
 		defer s.count(x)
+	}
+	if x.traced != nil {
+		defer func() { x.traced(x.route, x.status) }()
 	}
 	if p := recover(); p != nil {
 		if err, ok := p.(error); ok && errors.Is(err, http.ErrAbortHandler) {

@@ -144,6 +144,8 @@ type Options struct {
 	Checks     []Check
 	// Counter is told of each request; nil: nobody counts.
 	Counter Counter
+	// Trace begins to trace a request, and end is told how it ended; nil: nothing is traced.
+	Trace func(ctx context.Context, method string) (_ context.Context, end func(route string, status int))
 	// Ops are more handlers of the operators' listener, by pattern as of http.ServeMux.
 	Ops     map[string]http.Handler
 	Logger  *slog.Logger
