@@ -367,3 +367,49 @@ func (s *switched) Write(p []byte) (int, error) {
 func (s *switched) count() int { s.mu.Lock(); defer s.mu.Unlock(); return s.lines }
 
 func (s *switched) turn(to io.Writer) { s.mu.Lock(); defer s.mu.Unlock(); s.to = to }
+
+// A server that ends the log again and again is gone on with behind its last line.
+func TestALogThatEndsIsGoneOnWith(t *testing.T) {
+	t.Parallel()
+	l := newLogged(t, 1<<20)
+	ending := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		q := r.URL.Query()
+		q.Del("follow") // what there is, and then the end
+		r.URL.RawQuery = q.Encode()
+		l.Config.Handler.ServeHTTP(w, r)
+	}))
+	t.Cleanup(ending.Close)
+	as := l.as
+	as.OpsAddr = ending.Listener.Addr().String()
+	const rounds, each = 3, 400
+	write := func() {
+		for range each {
+			l.log.Info("line")
+		}
+	}
+	write()
+	client := observe.NewClient([]byte(opsSecret))
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), pgtest.Patience)
+	defer cancel()
+	seen, last := 0, int64(0)
+	f := observe.Follower{
+		Client: client, Found: func(registry.Instance) {}, Lost: func(registry.Instance, error) {}, Asked: func(error) {},
+		Servers: func(context.Context) ([]registry.Instance, error) { return []registry.Instance{as}, nil },
+		Lines: func(lines []observe.LogLine) error {
+			for _, line := range lines {
+				require.Equal(t, last+1, line.Number)
+				last = line.Number
+			}
+			seen += len(lines)
+			if seen == rounds*each {
+				cancel()
+			} else if seen%each == 0 {
+				write()
+			}
+			return nil
+		},
+	}
+	require.NoError(t, f.Run(ctx))
+	require.Equal(t, rounds*each, seen)
+}
