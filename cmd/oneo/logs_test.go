@@ -203,6 +203,13 @@ func TestNoSecretIsLogged(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, res.Body.Close())
 	seen := map[string]string{"log": s.logs.String(), "/logs": s.ops(t, "/logs"), "/metrics": s.ops(t, "/metrics"), "/stats": s.ops(t, "/stats")}
+	var port int
+	_, err = fmt.Sscan(s.port, &port)
+	require.NoError(t, err)
+	res, err = http.Get(fmt.Sprintf("http://127.0.0.1:%d/logs", port+1))
+	require.NoError(t, err)
+	require.NoError(t, res.Body.Close())
+	require.Equal(t, http.StatusUnauthorized, res.StatusCode, "lines name people's addresses: they are for whoever has the token")
 	for i, extra := range [][]string{
 		{"ONEO_DATABASE_URL=postgres://user:" + canary + "@127.0.0.1:1/x", "ONEO_DATABASE_OWNER_URL=postgres://user:" + canary + "@127.0.0.1:1/x", "ONEO_DATABASE_ACQUIRE_TIMEOUT=100ms"},
 		{"ONEO_DATABASE_URL=postgres://user:" + canary + "@:::/x"}, {"ONEO_REDIS_URL=redis://user:" + canary + "@a b"},

@@ -45,8 +45,9 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer reading.Wait()
 	defer stop()
 	type ended struct {
-		id  uuid.UUID
-		err error
+		id   uuid.UUID
+		last int64 // the number of the last line that it has handed over
+		err  error
 	}
 	type state struct {
 		s             registry.Instance
@@ -60,16 +61,18 @@ func (f *Follower) Run(ctx context.Context) error {
 		q, s := f.Query, st.s
 		q.Follow, q.After = true, st.last
 		reading.Go(func() {
+			last := q.After
 			err := f.Client.Logs(ctx, s, q, func(l LogLine) error {
 				select {
 				case lines <- l:
+					last = max(last, l.Number)
 					return nil
 				case <-ctx.Done():
 					return ctx.Err()
 				}
 			})
 			select {
-			case ends <- ended{s.ID, err}:
+			case ends <- ended{s.ID, last, err}:
 			case <-ctx.Done():
 			}
 		})
@@ -108,25 +111,17 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer settling.Stop()
 	var waiting []LogLine
 	ripe := 0 // the first of them have waited since the last tick
-	take := func(l LogLine) {
-		st := known[l.Instance.ID]
-		st.last = max(st.last, l.Number)
-		if st.lost {
-			st.lost = false
-			f.Found(st.s)
-		}
-		waiting = append(waiting, l)
-	}
 	for {
 		select {
 		case l := <-lines:
-			take(l)
-		case e := <-ends:
-			for len(lines) > 0 { // what it has read before it ended: it goes on behind it
-				take(<-lines)
+			if st := known[l.Instance.ID]; st != nil && st.reading && st.lost {
+				st.lost = false
+				f.Found(st.s)
 			}
+			waiting = append(waiting, l)
+		case e := <-ends:
 			st := known[e.id]
-			st.reading = false
+			st.reading, st.last = false, e.last
 			if !st.lost {
 				st.lost = true
 				f.Lost(st.s, e.err)

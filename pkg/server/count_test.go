@@ -52,7 +52,10 @@ func (c *tallies) one(t *testing.T) server.Answer {
 	a := c.answers[0]
 	c.begun, c.bound, c.answers = 0, nil, nil
 	require.Positive(t, a.Took)
-	a.Took = 0
+	if a.Status == http.StatusOK {
+		require.Positive(t, a.Bytes)
+	}
+	a.Took, a.Bytes = 0, 0
 	return a
 }
 
