@@ -170,3 +170,22 @@ func TestOpsHandlersAreForOperatorsOnly(t *testing.T) {
 		st.do(t, scenario{name: "metrics", host: host, path: "/metrics", status: 404, code: "unknown_path"})
 	}
 }
+
+// What works for a request knows by its context which one it is and whose, also what was begun before that was known.
+func TestTheContextSaysWhoseARequestIs(t *testing.T) {
+	t.Parallel()
+	st := open(t)
+	ended := make(chan [4]string, 1)
+	addr := st.again(t, func(o *server.Options) {
+		o.Trace = func(ctx context.Context, method string) (context.Context, func(string, int)) {
+			return ctx, func(route string, status int) {
+				about := tenant.AboutOf(ctx)
+				ended <- [4]string{method, route, about.Request, about.Tenant()}
+			}
+		}
+	})
+	st.doAt(t, addr, scenario{method: "GET", path: "/api/v1/me", status: http.StatusUnauthorized})
+	got := <-ended
+	require.NotEmpty(t, got[2])
+	require.Equal(t, [4]string{"GET", "/api/v1/me", got[2], st.acme.Slug.String()}, got)
+}
