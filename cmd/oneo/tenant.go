@@ -22,7 +22,7 @@ func newTenantCmd(e *env) *cobra.Command {
 	return noun("tenant", "Create, list, suspend, rename and drop tenants",
 		"A tenant is one customer of the product: one PostgreSQL schema, one role, one or more domains.",
 		"  oneo tenant create acme\n  oneo tenant list",
-		newTenantCreateCmd(e), newTenantAdoptCmd(e), newTenantListCmd(e), newTenantShowCmd(e), newTenantRenameCmd(e), newTenantBudgetCmd(e),
+		newTenantCreateCmd(e), newTenantAdoptCmd(e), newTenantListCmd(e), newTenantShowCmd(e), newTenantRenameCmd(e), newTenantEditCmd(e), newTenantBudgetCmd(e),
 		newTenantStateCmd(e, "suspend", "Stop serving a tenant, and keep it",
 			"Requests at work are finished, later ones are answered 503. Undo it with `oneo tenant resume`.",
 			func(p *provision.Provisioner) stateVerb { return p.Suspend }, "oneo tenant resume "),

@@ -90,6 +90,7 @@ func actions() []*action {
 				return [][]string{{"tenant", "clone", rows[0].tenant, word}}
 			}},
 		{key: "p", what: "open psql on the tenant", screens: ofTenants, states: []string{"active", "suspended"}, one: true, takes: true, lines: each("psql")},
+		{key: "e", what: "edit the settings of the tenant in $EDITOR", screens: ofTenants, states: []string{"active", "suspended"}, one: true, takes: true, lines: each("tenant", "edit")},
 		{key: "D", what: "drop the tenant; its data is kept for a grace period", screens: ofTenants, states: []string{"active", "suspended"}, one: true, typed: true,
 			lines: func(rows []row, _ string) [][]string { return [][]string{{"tenant", "drop", rows[0].tenant, "--yes"}} }},
 		{key: "U", what: "bring a dropped tenant back", screens: ofTenants, states: []string{"dropped"}, lines: each("tenant", "undrop")},
