@@ -198,6 +198,7 @@ insert into public.tasks (run, ordinal, tenant, slug, group_name, state, to_vers
 	{check: "roles", status: doctor.Fail, says: "is a member of", sql: `grant @roleA to @roleB`, fix: "revoke oneo_"},
 	{check: "roles", status: doctor.Fail, says: "not its sub-pool's login", sql: `grant @roleA to oneo_app`, fix: "revoke oneo_"},
 	{check: "roles", status: doctor.Warn, says: "planted_reader, which is no role of oneo's", sql: `create role planted_reader; grant @roleA to planted_reader`, heal: `drop role planted_reader`},
+	{check: "roles", status: doctor.Fail, says: "is a member of planted_group", sql: `create role planted_group; grant planted_group to @roleA`, heal: `drop role planted_group`},
 	{check: "orphan-roles", status: doctor.Warn, says: "something still refers to it", sql: `create role oneo_@id_999998; grant usage on schema ext to oneo_@id_999998`,
 		heal: `revoke usage on schema ext from oneo_@id_999998; drop role oneo_@id_999998`},
 	{check: "orphan-roles", status: doctor.Warn, says: "may nothing", sql: `create role oneo_@id_999999`, fix: "drop the role oneo_"},
