@@ -44,3 +44,16 @@ where g.rolname = $1 and m.rolcanlogin and not m.rolcreaterole and not m.rolsupe
 		require.Equal(t, 1, members, tn)
 	}
 }
+
+// TestAnIndexThatIsSomebodysIsNotDropped: only what PostgreSQL itself named in a reindex goes.
+func TestAnIndexThatIsSomebodysIsNotDropped(t *testing.T) {
+	f := newFleet(t)
+	f.sql(t, `create unique index cards_ccnew_at on @a.users (id); create index users_x_ccnew1 on @a.users (id);
+update pg_index set indisvalid = false where indexrelid in ('@a.cards_ccnew_at'::regclass, '@a.users_x_ccnew1'::regclass)`)
+	res := result(t, f.run(t, func(o *doctor.Options) { o.Fix, o.Only = true, []string{"indexes"} }), "indexes")
+	require.Equal(t, doctor.OK, res.Status, res.Message)
+	var whole, left bool
+	require.NoError(t, f.admin.QueryRow(context.Background(), `select exists (select from pg_indexes where indexname = 'cards_ccnew_at'), exists (select from pg_indexes where indexname = 'users_x_ccnew1')`).Scan(&whole, &left))
+	require.True(t, whole)
+	require.False(t, left)
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -581,6 +582,9 @@ func size(n int64) string {
 	return fmt.Sprintf("%d kB", (n+1023)>>10)
 }
 
+// reindexed are the names that PostgreSQL gives to what it makes, or puts aside, in a reindex.
+var reindexed = regexp.MustCompile(`_cc(new|old)[0-9]*$`)
+
 func checkIndexes(ctx context.Context, d *Doctor, r *report) error {
 	// One that is being built just now is invalid as well, and so is one whose migration goes on where it stopped.
 	const list = `select n.nspname, c.relname, coalesce(p.number, 0), p.number is not null and exists (select from public.progress g where g.tenant = p.number)
@@ -604,7 +608,7 @@ order by 1, 2`
 				return nil
 			}
 			sql := "reindex index concurrently " + full
-			if strings.Contains(name, "_ccnew") || strings.Contains(name, "_ccold") { // what an interrupted reindex has left
+			if reindexed.MatchString(name) { // what an interrupted reindex has left
 				sql = "drop index concurrently " + full
 			}
 			r.found(Fail, group, sql, "the index %s is invalid: it is tended, and no query uses it", full).
