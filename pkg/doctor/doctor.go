@@ -78,6 +78,8 @@ func (f Finding) Fixable() bool { return f.fix != nil }
 type fix struct {
 	does string // "drop the role x"
 	do   func(context.Context) error
+	// long: it takes as long as it takes, since cut short it leaves more behind than there was.
+	long bool
 }
 
 // Fixed is a repair that was made, or would be, or failed.
@@ -138,7 +140,7 @@ type Options struct {
 	Only []string
 	// Fix makes the repairs that are safe; with DryRun it only says which.
 	Fix, DryRun bool
-	// Timeout bounds each check; 0 is 15 seconds, and two minutes for what is slow.
+	// Timeout bounds each check, and each repair but the making of an index; 0 is 15 seconds, and two minutes for what is slow.
 	Timeout time.Duration
 	// Now is the clock; nil: the system's.
 	Now func() time.Time
@@ -246,7 +248,11 @@ func (d *Doctor) one(ctx context.Context, c Check) Result {
 			}
 			fixed := Fixed{What: f.fix.does}
 			if !d.o.DryRun {
-				if err := d.bounded(ctx, c, func(ctx context.Context) error { return f.fix.do(ctx) }); err != nil {
+				do := f.fix.do
+				if !f.fix.long {
+					do = func(ctx context.Context) error { return d.bounded(ctx, c, f.fix.do) }
+				}
+				if err := do(ctx); err != nil {
 					fixed.Error = reason(err)
 				}
 				fixed.Done = fixed.Error == ""

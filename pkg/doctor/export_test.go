@@ -68,3 +68,22 @@ var (
 	}
 	Uncache = func(ctx context.Context, d *Doctor, keys ...string) error { return d.uncache(ctx, keys) }
 )
+
+// Long reports whether a finding's repair may take as long as it takes, and Bounded whether one that may, or may not, is told
+// of an end.
+func Long(f Finding) bool { return f.fix.long }
+
+// Bounded is told of at Long.
+func Bounded(d *Doctor, long bool) (bounded bool) {
+	d.o.Fix = true
+	d.one(context.Background(), Check{run: func(_ context.Context, _ *Doctor, r *report) error {
+		f := r.found(Fail, "", "", "wrong")
+		f.by(func(ctx context.Context) error {
+			_, bounded = ctx.Deadline()
+			return nil
+		}, "mend it")
+		f.fix.long = long
+		return nil
+	}})
+	return bounded
+}

@@ -611,8 +611,9 @@ order by 1, 2`
 			if reindexed.MatchString(name) { // what an interrupted reindex has left
 				sql = "drop index concurrently " + full
 			}
-			r.found(Fail, group, sql, "the index %s is invalid: it is tended, and no query uses it", full).
-				by(func(ctx context.Context) error { return d.mendIndex(ctx, group, number, schema, name, sql) }, "%s", sql)
+			f := r.found(Fail, group, sql, "the index %s is invalid: it is tended, and no query uses it", full)
+			f.by(func(ctx context.Context) error { return d.mendIndex(ctx, group, number, schema, name, sql) }, "%s", sql)
+			f.fix.long = true
 			return nil
 		})
 		return err
