@@ -58,11 +58,13 @@ type App struct {
 	versions *versions
 	tracer   trace.Tracer // nil: nothing is traced
 	closers  []func() error
+
+	measureWithin time.Duration
 }
 
 // Open makes the parts; version is the program's. It connects nothing: each connects at its first use.
 func Open(c config.Config, version string, log *slog.Logger) (*App, error) {
-	a := &App{Config: c, Version: version, Logs: observe.NewLogs(int(c.Log.Keep)), Hasher: auth.NewHasher(c.Auth.HashConcurrency)}
+	a := &App{Config: c, Version: version, Logs: observe.NewLogs(int(c.Log.Keep)), Hasher: auth.NewHasher(c.Auth.HashConcurrency), measureWithin: measureWithin}
 	a.Log = slog.New(a.Logs.Handler(log.Handler()))
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.Close())

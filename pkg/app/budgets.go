@@ -125,6 +125,14 @@ func (a *App) measure(ctx context.Context, ts []tenant.Tenant) (done []tenant.Te
 // measureWithin bounds one statement of a measurement.
 const measureWithin = time.Minute
 
+// measuring is a transaction of a measurement. It ends by itself also where PostgreSQL says nothing any more: the tenants of
+// other groups are measured after it.
+func (a *App) measuring(ctx context.Context, group string, fn func(context.Context, *postgres.OwnerTx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, a.measureWithin*3/2)
+	defer cancel()
+	return a.DB.AsOwnerWithin(ctx, group, postgres.OwnerOptions{StatementTimeout: a.measureWithin}, func(tx *postgres.OwnerTx) error { return fn(ctx, tx) })
+}
+
 // sizes are the bytes of the tenants' tables with indexes and all, in one statement: the files are asked, no row is read.
 func (a *App) sizes(ctx context.Context, ts []tenant.Tenant) (sizes map[int32]int64, err error) {
 	numbers := make([]int32, len(ts))
@@ -135,7 +143,7 @@ func (a *App) sizes(ctx context.Context, ts []tenant.Tenant) (sizes map[int32]in
 	const query = `select p.number, coalesce(sum(pg_catalog.pg_total_relation_size(c.oid)), 0)::bigint
 from public.placements p left join pg_catalog.pg_class c on c.relnamespace = p.namespace and c.relkind in ('r', 'm')
 where p.number = any($1) group by p.number`
-	err = a.DB.AsOwnerWithin(ctx, ts[0].Group, postgres.OwnerOptions{StatementTimeout: measureWithin}, func(tx *postgres.OwnerTx) error {
+	err = a.measuring(ctx, ts[0].Group, func(ctx context.Context, tx *postgres.OwnerTx) error {
 		rows, err := tx.Query(ctx, query, numbers)
 		if err != nil {
 			return err
@@ -157,7 +165,7 @@ where p.number = any($1) group by p.number`
 // records counts the records that are not in the trash. A product's own migrations may have no such table: then there are
 // none.
 func (a *App) records(ctx context.Context, t tenant.Tenant) (n int64, err error) {
-	err = a.DB.AsOwnerWithin(ctx, t.Group, postgres.OwnerOptions{StatementTimeout: measureWithin}, func(tx *postgres.OwnerTx) error {
+	err = a.measuring(ctx, t.Group, func(ctx context.Context, tx *postgres.OwnerTx) error {
 		if err := tx.BindPlaced(ctx, t.Number); err != nil {
 			return err
 		}

@@ -2,8 +2,11 @@ package app_test
 
 import (
 	"fmt"
+	"net"
 	"net/http"
+	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -13,6 +16,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -235,4 +239,89 @@ func TestBudgetsOfTheConfiguration(t *testing.T) {
 		c.Budgets = b
 		require.Error(t, c.Validate(), fmt.Sprint(i))
 	}
+}
+
+// mute passes on to addr what it is told, until it is hushed: from then on it answers nothing to those that it knows, and nobody
+// else gets in.
+func mute(t *testing.T, addr string) (at string, hush func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = l.Close() })
+	var hushed atomic.Bool
+	pass := func(to, from net.Conn) {
+		defer to.Close()
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buf)
+			if n > 0 && !hushed.Load() {
+				if _, err := to.Write(buf[:n]); err != nil {
+					return
+				}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if hushed.Load() {
+				_ = c.Close()
+				continue
+			}
+			s, err := net.Dial("tcp", addr)
+			if err != nil {
+				_ = c.Close()
+				continue
+			}
+			go pass(s, c)
+			go pass(c, s)
+		}
+	}()
+	return l.Addr().String(), func() { hushed.Store(true) }
+}
+
+// A database that says nothing any more holds up the measurement of its own tenants alone.
+func TestAMuteGroupHoldsUpNoOthersMeasurement(t *testing.T) {
+	t.Parallel()
+	env := pgtest.New(t)
+	second := env.SecondGroup(t)
+	at, hush := mute(t, fmt.Sprintf("127.0.0.1:%d", env.Server.Port()))
+	u, err := url.Parse(second.OwnerURL)
+	require.NoError(t, err)
+	u.Host = at
+	_, m, p := env.Open(t, func(o *postgres.Options) {
+		o.Groups = map[string]postgres.Group{postgres.MainGroup: env.Group, "second": second}
+	})
+	_, err = m.Shared(t.Context())
+	require.NoError(t, err)
+	acme := env.Tenant(t, "acme")
+	_, err = p.Create(t.Context(), provision.CreateRequest{Slug: pgtest.Slug(t, "globex"), Group: "second", Actor: "test"})
+	require.NoError(t, err)
+	a := open(t, env, "", func(c *config.Config) {
+		c.Budgets.Records = 40
+		c.Database.Groups = map[string]config.Group{"second": {URL: second.URL, OwnerURL: u.String(), DirectURL: u.String()}}
+	})
+	n, err := a.MeasureBudgets(t.Context(), time.Hour)
+	require.NoError(t, err)
+	require.Equal(t, 2, n)
+	hush()
+	a.MeasureWithin(2 * time.Second)
+	_, before := use(t, env, acme)
+	for range 2 { // whichever group comes first
+		_, err = a.MeasureBudgets(t.Context(), 0)
+		require.Error(t, err)
+	}
+	require.Eventually(t, func() bool {
+		_, after := use(t, env, acme)
+		if !after.After(*before) {
+			_, _ = a.MeasureBudgets(t.Context(), 0)
+		}
+		return after.After(*before)
+	}, pgtest.Patience, time.Millisecond)
 }
