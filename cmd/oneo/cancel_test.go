@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/app"
@@ -188,6 +190,13 @@ func TestTheFleetIsWhatTheRegistrySays(t *testing.T) {
 	bs, err := source.Backups(ctx)
 	require.NoError(t, err)
 	require.Len(t, bs, 1)
-	require.Equal(t, []tui.Reading{{Server: tui.Server{OpsAddr: "127.0.0.1:1"}, Err: source.Readings(ctx, []tui.Server{{OpsAddr: "127.0.0.1:1"}})[0].Err}},
-		source.Readings(ctx, []tui.Server{{OpsAddr: "127.0.0.1:1"}}), "a server that does not answer is one line, not the end")
+	host, err := os.Hostname()
+	require.NoError(t, err)
+	silent := tui.Server{ID: uuid.NewString(), Host: host, OpsAddr: "127.0.0.1:1"}
+	require.Equal(t, []tui.Reading{{Server: silent, Err: "the server at 127.0.0.1:1 does not answer"}}, source.Readings(ctx, []tui.Server{silent}),
+		"a server that does not answer is one line, not the end")
+	_, err = source.Logs(ctx, []tui.Server{silent}, "acme")
+	require.ErrorContains(t, err, "the server at 127.0.0.1:1 does not answer")
+	source.a.Config.Server.Secret = ""
+	require.Equal(t, []tui.Reading{{Server: silent, Err: "server.secret is not set: servers do not tell"}}, source.Readings(ctx, []tui.Server{silent}))
 }

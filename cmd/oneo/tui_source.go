@@ -4,14 +4,8 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -27,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/observe"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/pkg/tui"
@@ -34,9 +29,8 @@ import (
 
 // fleetSource is what the dashboard shows: the registry, PostgreSQL's own views, the store of backups, and what the servers tell.
 type fleetSource struct {
-	a     *app.App
-	token string
-	http  *http.Client
+	a      *app.App
+	client *observe.Client
 
 	mu    sync.Mutex
 	names map[int32]string   // tenants' slugs by number, as they were last read
@@ -46,17 +40,7 @@ type fleetSource struct {
 var _ tui.Source = (*fleetSource)(nil)
 
 func newFleetSource(a *app.App) *fleetSource {
-	s := &fleetSource{a: a, names: map[int32]string{}, ended: map[string]tui.Run{}, http: &http.Client{
-		// Straight to the servers: neither a proxy nor a redirection is to get the token.
-		Transport:     &http.Transport{DialContext: (&net.Dialer{Timeout: serverBound}).DialContext, MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}
-	if a.Config.Server.Secret != "" {
-		mac := hmac.New(sha256.New, []byte(a.Config.Server.Secret))
-		mac.Write([]byte("oneo ops"))
-		s.token = hex.EncodeToString(mac.Sum(nil))
-	}
-	return s
+	return &fleetSource{a: a, client: observe.NewClient([]byte(a.Config.Server.Secret)), names: map[int32]string{}, ended: map[string]tui.Run{}}
 }
 
 // ask runs one statement in a group's database, in a transaction of the owner that is short whatever happens.
@@ -458,62 +442,39 @@ func (s *fleetSource) Users(ctx context.Context, name string) (all []tui.User, e
 	return all, err
 }
 
-// serverBound is how long one server may take to tell what it has counted.
-const serverBound = time.Second
-
-// of asks all servers at once, each for so long.
-func of[T any](ctx context.Context, servers []tui.Server, ask func(context.Context, tui.Server) T) []T {
-	out := make([]T, len(servers))
-	var all sync.WaitGroup
-	for i, server := range servers {
-		all.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, serverBound)
-			defer cancel()
-			out[i] = ask(ctx, server)
-		})
-	}
-	all.Wait()
-	return out
-}
-
-// get reads from a server's ops listener.
-func (s *fleetSource) get(ctx context.Context, server tui.Server, path string, query url.Values) (io.ReadCloser, error) {
-	if s.token == "" {
+// instances are servers as the client of their listeners wants them, when there is a token to show them.
+func (s *fleetSource) instances(servers []tui.Server) ([]registry.Instance, error) {
+	if s.a.Config.Server.Secret == "" {
 		return nil, fault.New(fault.Invalid, "server.secret is not set: servers do not tell")
 	}
-	u := url.URL{Scheme: "http", Host: server.OpsAddr, Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, err
+	all := make([]registry.Instance, len(servers))
+	for i, v := range servers {
+		id, err := uuid.Parse(v.ID)
+		if err != nil {
+			return nil, fault.Wrap(err, fault.Internal, "the server on %s has an id that is none", v.Host)
+		}
+		all[i] = registry.Instance{ID: id, Host: v.Host, PID: v.PID, Version: v.Version, OpsAddr: v.OpsAddr}
 	}
-	req.Header.Set("Authorization", "Bearer "+s.token)
-	res, err := s.http.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	if res.StatusCode != http.StatusOK {
-		_ = res.Body.Close()
-		return nil, fault.New(fault.Unavailable, "the server at %s answers %d", server.OpsAddr, res.StatusCode)
-	}
-	return res.Body, nil
+	return all, nil
 }
 
 func (s *fleetSource) Readings(ctx context.Context, servers []tui.Server) []tui.Reading {
-	return of(ctx, servers, func(ctx context.Context, server tui.Server) tui.Reading {
-		body, err := s.get(ctx, server, "/stats", nil)
-		if err != nil {
-			return tui.Reading{Server: server, Err: fault.Of(err).Message}
+	out := make([]tui.Reading, len(servers))
+	instances, err := s.instances(servers)
+	if err != nil {
+		for i, server := range servers {
+			out[i] = tui.Reading{Server: server, Err: fault.Of(err).Message}
 		}
-		defer body.Close()
-		var st observe.Stats
-		if err := json.NewDecoder(io.LimitReader(body, 64<<20)).Decode(&st); err != nil {
-			return tui.Reading{Server: server, Err: "its answer cannot be read"}
+		return out
+	}
+	for i, r := range s.client.Stats(ctx, instances) {
+		if r.Err != nil {
+			out[i] = tui.Reading{Server: servers[i], Err: fault.Of(r.Err).Message}
+			continue
 		}
-		if st.Instance.String() != server.ID { // another one has its port now
-			return tui.Reading{Server: server, Err: "another server answers"}
-		}
-		return readingOf(server, st)
-	})
+		out[i] = readingOf(servers[i], r.Stats)
+	}
+	return out
 }
 
 // readingOf is what a server has counted, in the dashboard's words.
@@ -537,6 +498,9 @@ func readingOf(server tui.Server, st observe.Stats) tui.Reading {
 // mostLines is how many log lines are shown.
 const mostLines = 2000
 
+// logsBound is how long one server may take to tell its lines.
+const logsBound = time.Second
+
 func (s *fleetSource) Logs(ctx context.Context, servers []tui.Server, name string) ([]tui.LogLine, error) {
 	query := url.Values{}
 	if name != "" {
@@ -545,38 +509,36 @@ func (s *fleetSource) Logs(ctx context.Context, servers []tui.Server, name strin
 		}
 		query.Set("tenant", name)
 	}
-	type answer struct {
-		lines []tui.LogLine
-		err   error
+	instances, err := s.instances(servers)
+	if err != nil {
+		return nil, err
 	}
-	answers := of(ctx, servers, func(ctx context.Context, server tui.Server) (a answer) {
-		var body io.ReadCloser
-		if body, a.err = s.get(ctx, server, "/logs", query); a.err != nil {
-			return a
-		}
-		defer body.Close()
-		lines := bufio.NewScanner(body)
-		lines.Buffer(nil, 1<<20)
-		for lines.Scan() {
-			if l, ok := logLine(server, lines.Bytes()); ok {
-				a.lines = append(a.lines, l)
+	ctx, cancel := context.WithTimeout(ctx, logsBound)
+	defer cancel()
+	lines, errs := make([][]tui.LogLine, len(servers)), make([]error, len(servers))
+	var asked sync.WaitGroup
+	for i := range servers {
+		asked.Go(func() {
+			res, err := s.client.Get(ctx, instances[i], "/logs", query)
+			if err != nil {
+				errs[i] = err
+				return
 			}
-		}
-		return a
-	})
-	var all []tui.LogLine
-	var failed error
-	silent := 0
-	for _, a := range answers {
-		all = append(all, a.lines...)
-		if a.err != nil {
-			failed = a.err
-			silent++
-		}
+			defer res.Body.Close()
+			text := bufio.NewScanner(res.Body)
+			text.Buffer(nil, 1<<20)
+			for text.Scan() {
+				if l, ok := logLine(servers[i], text.Bytes()); ok {
+					lines[i] = append(lines[i], l)
+				}
+			}
+		})
 	}
-	if silent > 0 && silent == len(servers) {
-		return nil, failed
+	asked.Wait()
+	if silent := slices.DeleteFunc(errs, func(err error) bool { return err == nil }); len(silent) > 0 && len(silent) == len(servers) {
+		return nil, silent[0]
 	}
+	all := slices.Concat(lines...)
 	slices.SortStableFunc(all, func(a, b tui.LogLine) int { return b.At.Compare(a.At) })
 	return all[:min(len(all), mostLines)], nil
 }
