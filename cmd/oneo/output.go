@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -180,14 +182,7 @@ func writeCSV[T any](out io.Writer, items []T, columns []column[T]) error {
 	}
 	for _, it := range items {
 		for i, c := range columns {
-			v := c.value(it)
-			switch n := v.(type) { // for programs, as in JSON
-			case bytesOf:
-				v = int64(n)
-			case lasting:
-				v = int64(n)
-			}
-			row[i] = text(v)
+			row[i] = csvText(c.value(it))
 		}
 		if err := w.Write(row); err != nil {
 			return err
@@ -195,6 +190,14 @@ func writeCSV[T any](out io.Writer, items []T, columns []column[T]) error {
 	}
 	w.Flush()
 	return w.Error()
+}
+
+// csvText is a value as programs read it: a number is one, where people read 2 MB.
+func csvText(v any) string {
+	if n := reflect.ValueOf(v); n.CanInt() {
+		return strconv.FormatInt(n.Int(), 10)
+	}
+	return text(v)
 }
 
 // text is a value as people read it. Control characters, which could move a terminal's cursor, are shown as such.

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/url"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -498,77 +496,47 @@ func readingOf(server tui.Server, st observe.Stats) tui.Reading {
 // mostLines is how many log lines are shown.
 const mostLines = 2000
 
-// logsBound is how long one server may take to tell its lines.
-const logsBound = time.Second
-
 func (s *fleetSource) Logs(ctx context.Context, servers []tui.Server, name string) ([]tui.LogLine, error) {
-	query := url.Values{}
+	var query observe.LogQuery
 	if name != "" {
 		if _, err := tenant.ParseSlug(name); err != nil {
 			return nil, err
 		}
-		query.Set("tenant", name)
+		query.Tenants = []string{name}
 	}
 	instances, err := s.instances(servers)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, logsBound)
-	defer cancel()
-	lines, errs := make([][]tui.LogLine, len(servers)), make([]error, len(servers))
-	var asked sync.WaitGroup
-	for i := range servers {
-		asked.Go(func() {
-			res, err := s.client.Get(ctx, instances[i], "/logs", query)
-			if err != nil {
-				errs[i] = err
-				return
-			}
-			defer res.Body.Close()
-			text := bufio.NewScanner(res.Body)
-			text.Buffer(nil, 1<<20)
-			for text.Scan() {
-				if l, ok := logLine(servers[i], text.Bytes()); ok {
-					lines[i] = append(lines[i], l)
-				}
-			}
-		})
+	found, missing := s.client.AllLogs(ctx, instances, query)
+	if len(missing) > 0 && len(missing) == len(servers) {
+		return nil, missing[0].Err
 	}
-	asked.Wait()
-	if silent := slices.DeleteFunc(errs, func(err error) bool { return err == nil }); len(silent) > 0 && len(silent) == len(servers) {
-		return nil, silent[0]
+	slices.Reverse(found) // the newest first
+	all := make([]tui.LogLine, 0, min(len(found), mostLines))
+	for _, l := range found[:min(len(found), mostLines)] {
+		all = append(all, logLine(l))
 	}
-	all := slices.Concat(lines...)
-	slices.SortStableFunc(all, func(a, b tui.LogLine) int { return b.At.Compare(a.At) })
-	return all[:min(len(all), mostLines)], nil
+	return all, nil
 }
 
-// logLine reads a line as slog writes it in JSON.
-func logLine(server tui.Server, text []byte) (l tui.LogLine, ok bool) {
-	var m map[string]any
-	if json.Unmarshal(text, &m) != nil {
-		return l, false
+// logLine is a line of a server's log, in the dashboard's words.
+func logLine(l observe.LogLine) tui.LogLine {
+	out := tui.LogLine{At: l.At, Server: called(l.Instance), Level: l.Level, Message: l.Message}
+	if l.Missed > 0 {
+		out.Message = fmt.Sprintf("%d lines are gone", l.Missed)
 	}
-	word := func(keys ...string) (s string) {
-		for _, k := range keys {
-			if v, has := m[k]; has && s == "" {
-				s = fmt.Sprint(v)
-			}
-			delete(m, k)
-		}
-		return s
-	}
-	l = tui.LogLine{Server: fmt.Sprintf("%s/%d", server.Host, server.PID), Level: word("level"), Message: word("msg"), Tenant: word("tenant"), Request: word("request_id", "request")}
-	l.At, _ = time.Parse(time.RFC3339Nano, word("time")) // the zero time sorts last
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.SortFunc(keys, cmp.Compare)
 	var parts []string
-	for _, k := range keys {
-		parts = append(parts, fmt.Sprintf("%s=%v", k, m[k]))
+	for _, k := range slices.Sorted(maps.Keys(l.Attrs)) {
+		switch v := fmt.Sprint(l.Attrs[k]); {
+		case k == "tenant":
+			out.Tenant = v
+		case k == "request_id":
+			out.Request = v
+		case v != "":
+			parts = append(parts, k+"="+v)
+		}
 	}
-	l.Fields = strings.Join(parts, " ")
-	return l, true
+	out.Fields = strings.Join(parts, " ")
+	return out
 }

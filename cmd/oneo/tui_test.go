@@ -17,6 +17,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/observe"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tui"
 )
 
@@ -209,9 +210,8 @@ func TestReadingsAreWhatServersTell(t *testing.T) {
 		Pools:   []tui.Pool{{Group: "main", Max: 32, InUse: 4, Waits: 6, Retired: 1}},
 		Redis:   tui.Redis{Set: true, Up: true, Hits: 8, Misses: 2, Memory: 99}, Memory: 1000,
 	}, got)
-	l, ok := logLine(tui.Server{Host: "app1", PID: 7}, []byte(`{"time":"2026-11-26T12:00:00Z","level":"WARN","msg":"slow","tenant":"acme","request_id":"r","ms":12,"b":true}`))
-	require.True(t, ok)
-	require.Equal(t, tui.LogLine{At: at, Level: "WARN", Server: "app1/7", Tenant: "acme", Message: "slow", Request: "r", Fields: "b=true ms=12"}, l)
-	_, ok = logLine(tui.Server{}, []byte("no json"))
-	require.False(t, ok)
+	require.Equal(t, tui.LogLine{At: at, Level: "WARN", Server: "app1/7", Tenant: "acme", Message: "slow", Request: "r", Fields: "b=true ms=12"},
+		logLine(observe.LogLine{Instance: registry.Instance{Host: "app1", PID: 7}, At: at, Level: "WARN", Message: "slow",
+			Attrs: map[string]any{"tenant": "acme", "request_id": "r", "ms": json.Number("12"), "b": true, "empty": ""}}))
+	require.Equal(t, "3 lines are gone", logLine(observe.LogLine{Missed: 3}).Message)
 }

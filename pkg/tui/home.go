@@ -339,6 +339,11 @@ func serversBlock(p palette, pic picture, w int) block {
 		t = bad
 	}
 	b.lines = append(b.lines, field(p, w, "answering", fmt.Sprintf("%d of %d", pic.rates.Answer, len(pic.fleet.Servers)), t, "memory "+size(pic.rates.Memory)))
+	if pic.rates.Silent > 0 {
+		for _, line := range wrap(pic.rates.Why, max(1, w-2)) {
+			b.lines = append(b.lines, p.in(bad, fit(" "+line, w, false)))
+		}
+	}
 	for i, s := range pic.fleet.Servers {
 		if i == 4 {
 			b.lines = append(b.lines, p.in(faint, fit(fmt.Sprintf(" and %d more", len(pic.fleet.Servers)-i), w, false)))

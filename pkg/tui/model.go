@@ -1107,7 +1107,7 @@ func (m *Model) statusLine(w int) string {
 }
 
 func (m *Model) messageLine(w int) string {
-	if m.typing() {
+	if m.typing() && m.message == "" { // what is wrong with what was typed stands there until the next key
 		m.input.SetWidth(max(1, w-ansi.StringWidth(m.input.Prompt)-2))
 		return " " + m.input.View()
 	}

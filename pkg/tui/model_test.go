@@ -127,6 +127,17 @@ func TestEscapeRunsNothing(t *testing.T) {
 	}
 }
 
+func TestANameThatIsNoneIsSaidToBeWrong(t *testing.T) {
+	s := play(t, 80, 24)
+	s.keys("2", "n")
+	s.write("Bad Name!")
+	s.keys("enter")
+	s.sees(checkWord("Bad Name!"))
+	s.keys("backspace")
+	s.sees("name of the new tenant: Bad Name")
+	require.Nil(t, s.job)
+}
+
 func TestWhatDestroysWantsTheNameTyped(t *testing.T) {
 	for key, want := range map[string]string{"D": "tenant drop acme --yes", "X": "tenant drop acme --purge --confirm acme"} {
 		s := play(t, 80, 24)

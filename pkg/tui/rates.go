@@ -23,8 +23,9 @@ type PoolRate struct {
 
 // Rates is what all servers do a second, from two readings of each.
 type Rates struct {
-	Answer, Silent                      int  // servers
-	Ready                               bool // there were two readings of one
+	Answer, Silent                      int    // servers
+	Why                                 string // the first silent one is
+	Ready                               bool   // there were two readings of one
 	Requests, Errors, Refused, Database float64
 	InFlight                            int64
 	P50, P95, P99                       float64 // of the slowest server: percentiles do not add up
@@ -50,6 +51,7 @@ func compare(before, after []Reading) Rates {
 	for _, a := range after {
 		if a.Err != "" {
 			r.Silent++
+			r.Why = cmp.Or(r.Why, a.Err)
 			continue
 		}
 		r.Answer++

@@ -72,6 +72,7 @@ func TestRatesAreDifferencesOfOneServersReadings(t *testing.T) {
 	require.InDelta(t, 10, r.Requests, 0.001, "only a: b was begun anew, c and d have no reading before")
 	require.Equal(t, 4, r.Answer)
 	require.Equal(t, 1, r.Silent)
+	require.Equal(t, "silent", r.Why)
 	require.InDelta(t, 5, r.Tenants[1].Requests, 0.001)
 	require.InDelta(t, 1, r.Tenants[2].Requests, 0.001)
 	require.InDelta(t, 0.75, r.Hits, 0.001)
