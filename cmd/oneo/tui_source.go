@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -520,6 +521,9 @@ func (s *fleetSource) Logs(ctx context.Context, servers []tui.Server, name strin
 	return all, nil
 }
 
+// firstFields are those that are looked for in a row that has no room for all.
+var firstFields = []string{"error", "status", "code", "method", "route", "took"}
+
 // logLine is a line of a server's log, in the dashboard's words.
 func logLine(l observe.LogLine) tui.LogLine {
 	out := tui.LogLine{At: l.At, Server: called(l.Instance), Level: l.Level, Message: l.Message}
@@ -527,7 +531,12 @@ func logLine(l observe.LogLine) tui.LogLine {
 		out.Message = fmt.Sprintf("%d lines are gone", l.Missed)
 	}
 	var parts []string
-	for _, k := range slices.Sorted(maps.Keys(l.Attrs)) {
+	for _, k := range slices.SortedFunc(maps.Keys(l.Attrs), func(a, b string) int {
+		rank := func(k string) int {
+			return (slices.Index(firstFields, k) + len(firstFields) + 1) % (len(firstFields) + 1)
+		}
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b))
+	}) {
 		switch v := fmt.Sprint(l.Attrs[k]); {
 		case k == "tenant":
 			out.Tenant = v

@@ -210,8 +210,8 @@ func TestReadingsAreWhatServersTell(t *testing.T) {
 		Pools:   []tui.Pool{{Group: "main", Max: 32, InUse: 4, Waits: 6, Retired: 1}},
 		Redis:   tui.Redis{Set: true, Up: true, Hits: 8, Misses: 2, Memory: 99}, Memory: 1000,
 	}, got)
-	require.Equal(t, tui.LogLine{At: at, Level: "WARN", Server: "app1/7", Tenant: "acme", Message: "slow", Request: "r", Fields: "b=true ms=12"},
+	require.Equal(t, tui.LogLine{At: at, Level: "WARN", Server: "app1/7", Tenant: "acme", Message: "slow", Request: "r", Fields: "status=200 took=1s b=true ms=12"},
 		logLine(observe.LogLine{Instance: registry.Instance{Host: "app1", PID: 7}, At: at, Level: "WARN", Message: "slow",
-			Attrs: map[string]any{"tenant": "acme", "request_id": "r", "ms": json.Number("12"), "b": true, "empty": ""}}))
+			Attrs: map[string]any{"tenant": "acme", "request_id": "r", "ms": json.Number("12"), "b": true, "took": "1s", "status": json.Number("200"), "empty": ""}}))
 	require.Equal(t, "3 lines are gone", logLine(observe.LogLine{Missed: 3}).Message)
 }
