@@ -122,8 +122,8 @@ var topColumns = []column[topRow]{
 	{"TENANT", "tenant", func(r topRow) any { return r.tenant }},
 	{"REQ/S", "requests_per_second", func(r topRow) any { return rate(r.requests) }},
 	{"ERR/S", "errors_per_second", func(r topRow) any { return rate(r.errors) }},
-	{"REFUSED/S", "refused_per_second", func(r topRow) any { return rate(r.refused) }},
-	{"IN FLIGHT", "in_flight", func(r topRow) any { return r.inFlight }},
+	{"REF/S", "refused_per_second", func(r topRow) any { return rate(r.refused) }},
+	{"FLIGHT", "in_flight", func(r topRow) any { return r.inFlight }},
 	{"DB", "database_seconds_per_second", func(r topRow) any { return rate(r.databaseSeconds) }},
 	{"DB %", "database_share_percent", func(r topRow) any { return rate(r.databaseShare) }},
 	{"ROWS/S", "rows_per_second", func(r topRow) any { return rate(r.rows) }},
@@ -238,6 +238,9 @@ func since(before, now observe.Load) observe.Load {
 	return now
 }
 
+// topPatience is for how long PostgreSQL is waited for: one that hangs leaves what it said before.
+const topPatience = 3 * time.Second
+
 // topBoard is what one run of the command knows.
 type topBoard struct {
 	a        *app.App
@@ -249,8 +252,10 @@ type topBoard struct {
 
 // sample asks the servers; who they are is PostgreSQL's to say, and what it said last when it is away.
 func (b *topBoard) sample(ctx context.Context) sample {
-	err := b.a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		found, err := registry.Instances(ctx, tx, app.InstanceDead)
+	asking, cancel := context.WithTimeout(ctx, topPatience)
+	defer cancel()
+	err := b.a.DB.AsOwner(asking, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		found, err := registry.Instances(asking, tx, app.InstanceDead)
 		if err == nil {
 			b.servers = found
 		}
@@ -263,6 +268,8 @@ func (b *topBoard) sample(ctx context.Context) sample {
 
 // budgets adds what the tenants have used of theirs.
 func (b *topBoard) budgets(ctx context.Context, r *topReading) error {
+	ctx, cancel := context.WithTimeout(ctx, topPatience)
+	defer cancel()
 	numbers := make([]int32, len(r.rows))
 	for i, row := range r.rows {
 		numbers[i] = row.number
