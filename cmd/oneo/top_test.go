@@ -95,7 +95,7 @@ func TestTop(t *testing.T) {
 	s := serve(t, env, extra...)
 	admin := pgtest.Admin(t, env.AdminURL)
 	_, err := admin.Exec(t.Context(), `insert into public.instances (id, host, pid, version, ops_addr, heartbeat)
-select gen_random_uuid(), host, 1, 'x', '127.0.0.1:1', now() + interval '1 hour' from public.instances limit 1`)
+values (gen_random_uuid(), 'gone', 1, 'x', '127.0.0.1:1', now() + interval '1 hour')`)
 	require.NoError(t, err)
 
 	ctx, stop := context.WithCancel(t.Context())

@@ -62,8 +62,11 @@ type App struct {
 	measureWithin time.Duration
 }
 
-// Open makes the parts; version is the program's. It connects nothing: each connects at its first use.
+// Open makes the parts; version is the program's; without a log nothing is logged. It connects nothing: each connects at its first use.
 func Open(c config.Config, version string, log *slog.Logger) (*App, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
 	a := &App{Config: c, Version: version, Logs: observe.NewLogs(int(c.Log.Keep)), Hasher: auth.NewHasher(c.Auth.HashConcurrency), measureWithin: measureWithin}
 	a.Log = slog.New(a.Logs.Handler(log.Handler()))
 	if err := a.open(); err != nil {
