@@ -8,8 +8,9 @@ LINT := go tool -modfile=tools/go.mod golangci-lint
 # A count, not a time: a time's end is sometimes told as a failure (go.dev/issue/75804, until Go 1.27).
 FUZZTIME ?= 500000x
 # Their tests are child processes, servers and SQL for the most part. The race detector doubles their time, and what they do at
-# one time they do by rooms that are tested with it; `make race` runs it over them too.
-PLAIN := /(cmd/oneo|pkg/(provision|transfer|backup|snapshot|migrate))$$
+# one time they do by rooms that are tested with it; `make race` runs it over them too. So is lint: it waits for an interpreter.
+# They are built with traces (the tag otel), the others as oneo is.
+PLAIN := /(cmd/oneo|pkg/(app|lint|provision|transfer|backup|snapshot|migrate))$$
 
 .DEFAULT_GOAL := help
 .PHONY: help build dev test race check lint fmt bench fuzz golden cover
@@ -29,8 +30,7 @@ dev: ## run everything on this machine, with demo data; ARGS="--addr :9000" goes
 test: ## run the tests, on PostgreSQL and Redis servers that they start themselves
 	@./scripts/setup.sh --ci
 	go test -race -tags $(TAGS) -timeout 18m $$(go list -tags $(TAGS) ./... | grep -vE '$(PLAIN)')
-	go test -tags $(TAGS) -timeout 18m $$(go list -tags $(TAGS) ./... | grep -E '$(PLAIN)')
-	go test -tags $(TAGS),otel -timeout 10m -run 'Trace|Collector' ./pkg/trace ./pkg/app
+	go test -tags $(TAGS),otel -timeout 18m ./pkg/trace $$(go list -tags $(TAGS) ./... | grep -E '$(PLAIN)')
 
 race: ## run all tests with the race detector: half an hour
 	@./scripts/setup.sh --ci
