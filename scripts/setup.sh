@@ -60,12 +60,17 @@ fetch_promtool() {
 if [ -n "$promtool" ]; then
   echo "setup: fetching promtool" >&2
   fetched=$(mktemp -d)
-  if ! said=$(fetch_promtool "$fetched" 2>&1) &&
-    { as_root apt-get update -qq >/dev/null 2>&1 || true; ! said=$(fetch_promtool "$fetched" 2>&1); }; then
-    rm -rf "$fetched"
-    tail -n 20 <<<"$said" >&2
-    echo "setup: promtool could not be fetched from the package prometheus" >&2
-    exit 1
+  if ! said=$(fetch_promtool "$fetched" 2>&1); then
+    # The lists may be old or missing. An update that fails for one source may still have brought the one that is needed:
+    # the second try decides, and what the update said is told with it.
+    updated=$(as_root apt-get update -qq 2>&1) || updated+=$'\n'"setup: apt-get update failed"
+    if ! said=$(fetch_promtool "$fetched" 2>&1); then
+      rm -rf "$fetched"
+      tail -n 20 <<<"$updated" >&2
+      tail -n 20 <<<"$said" >&2
+      echo "setup: promtool could not be fetched from the package prometheus" >&2
+      exit 1
+    fi
   fi
   as_root rm -rf "$fetched"
 fi
