@@ -59,12 +59,15 @@ select gen_random_uuid(), p.id, jsonb_build_object('stage', 'Won', 'amount', g, 
 		noisy bool
 		flags []string
 		more  []string
+		loop  bool
 		quiet quiet
 		noise noise
 	}
 	rows := []*row{
 		{name: "alone"},
+		{name: "alone, a loop in a shell keeps one core busy", loop: true},
 		{name: "beside, with budgets", noisy: true, flags: []string{"--in-flight", "1", "--statement-timeout", "200ms", "--requests", "5"}},
+		{name: "beside, with tight budgets", noisy: true, flags: []string{"--in-flight", "1", "--statement-timeout", "50ms", "--requests", "1"}},
 		{name: "beside, with the server's own bounds only", noisy: true},
 		{name: "beside, without any bound", noisy: true, more: []string{"ONEO_TENANCY_IN_FLIGHT=10000"}},
 	}
@@ -78,7 +81,16 @@ select gen_random_uuid(), p.id, jsonb_build_object('stage', 'Won', 'amount', g, 
 			return err
 		}
 		in.crowd(ctx, p, 3*time.Second, false) // caches and backends are warm
+		idle := func() {}
+		if r.loop { // what the scheduler alone does to others, whoever it is that computes
+			loop := exec.CommandContext(ctx, "sh", "-c", "while :; do :; done")
+			if err := loop.Start(); err != nil {
+				return err
+			}
+			idle = func() { _, _ = loop.Process.Kill(), loop.Wait() }
+		}
 		r.quiet, r.noise = in.crowd(ctx, p, b.duration, r.noisy)
+		idle()
 		p.stop()
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -92,9 +104,9 @@ select gen_random_uuid(), p.id, jsonb_build_object('stage', 'Won', 'amount', g, 
 		b.printf("| %s | %.1f | %.1f | **%.1f** | %s | %s |", r.name, ms(r.quiet.p50), ms(r.quiet.p99), float64(r.quiet.p99)/float64(alone), told(r.quiet.failures), told(r.noise.answers))
 	}
 	b.printf("")
-	ratio := float64(rows[1].quiet.p99) / float64(alone)
-	b.goal(ratio <= 2 && len(rows[1].quiet.failures) == 0, "with budgets a p99 of at most twice the one alone, and nobody but the noisy tenant refused",
-		fmt.Sprintf("%.1f times, refused: %s", ratio, told(rows[1].quiet.failures)))
+	ratio := float64(rows[3].quiet.p99) / float64(alone)
+	b.goal(ratio <= 2 && len(rows[3].quiet.failures) == 0, "with tight budgets a p99 of at most twice the one alone, and nobody but the noisy tenant refused",
+		fmt.Sprintf("%.1f times, refused: %s", ratio, told(rows[3].quiet.failures)))
 	return nil
 }
 
