@@ -29,8 +29,9 @@ type room struct {
 var house = map[string]room{
 	"schemas": {layer: 0}, "pkg/fault": {layer: 0}, "pkg/failpoint": {layer: 0},
 	"pkg/tenant": {layer: 1},
-	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/devstack": {layer: 2},
+	"pkg/config": {layer: 2}, "pkg/postgres": {layer: 2}, "pkg/cache": {layer: 2}, "pkg/fleet": {layer: 2}, "pkg/pgserver": {layer: 2},
 	"pkg/lint": {layer: 2}, "pkg/archive": {layer: 2}, "pkg/trace": {layer: 2}, "pkg/store": {layer: 2}, "pkg/mask": {layer: 2},
+	"pkg/devstack": {layer: 3}, "pkg/physical": {layer: 3},
 	"pkg/registry": {layer: 3}, "pkg/migrate": {layer: 3}, "pkg/auth": {layer: 3}, "pkg/crm": {layer: 3}, "pkg/structure": {layer: 3}, "pkg/inspect": {layer: 3},
 	"pkg/provision": {layer: 4},
 	"pkg/demo":      {layer: 5}, "pkg/observe": {layer: 5}, "pkg/pgtest": {layer: 5}, "pkg/snapshot": {layer: 5}, "pkg/transfer": {layer: 5},

@@ -17,7 +17,7 @@ import (
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 
-	"github.com/oneo-crm/oneo/pkg/devstack"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 )
 
@@ -185,7 +185,7 @@ func TestTheCommandLineIsAsCommitted(t *testing.T) {
 // TestDev runs `oneo dev` as a newcomer does: start, read by the printed lines' tokens, stop, start again.
 func TestDev(t *testing.T) {
 	t.Parallel()
-	_, err := devstack.FindPostgres()
+	_, err := pgserver.Find()
 	require.NoError(t, err)
 	dir, err := os.MkdirTemp("", "oneo-dev-")
 	require.NoError(t, err)

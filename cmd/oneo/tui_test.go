@@ -14,8 +14,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
-	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/observe"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tui"
@@ -91,7 +91,7 @@ func (x *terminal) until(what string, holds func(string) bool) string {
 // TestTheDashboardInATerminal drives `oneo tui` on the demo's data as a person does.
 func TestTheDashboardInATerminal(t *testing.T) {
 	t.Parallel()
-	_, err := devstack.FindPostgres()
+	_, err := pgserver.Find()
 	require.NoError(t, err)
 	dir, err := os.MkdirTemp("", "oneo-tui-")
 	require.NoError(t, err)

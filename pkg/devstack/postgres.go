@@ -1,3 +1,6 @@
+// Package devstack starts PostgreSQL and Redis for a machine that has no servers running: for `oneo dev`, for tests and
+// for benchmarks. It promises: they listen on the loopback only; they end with the process that started them, also when
+// that is killed; what they keep is in the folder that was given; and a second start on that folder finds it.
 package devstack
 
 import (
@@ -9,46 +12,15 @@ import (
 	"io/fs"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
 )
-
-// FindPostgres finds the folder of PostgreSQL's programs: the newest of the distribution's, or what is in the path.
-func FindPostgres() (string, error) {
-	candidates, err := filepath.Glob("/usr/lib/postgresql/*/bin")
-	if err != nil {
-		return "", err
-	}
-	version := func(dir string) float64 {
-		v, err := strconv.ParseFloat(filepath.Base(filepath.Dir(dir)), 64)
-		if err != nil {
-			return 0
-		}
-		return v
-	}
-	slices.SortFunc(candidates, func(a, b string) int { return int(10 * (version(b) - version(a))) })
-	if path, err := exec.LookPath("postgres"); err == nil {
-		candidates = append(candidates, filepath.Dir(path))
-	}
-	more, _ := filepath.Glob("/opt/homebrew/opt/postgresql@*/bin") // the pattern is constant
-	candidates = append(append(candidates, "/usr/local/pgsql/bin", "/usr/pgsql/bin"), more...)
-	for _, dir := range candidates {
-		_, err1 := os.Stat(filepath.Join(dir, "postgres"))
-		_, err2 := os.Stat(filepath.Join(dir, "initdb"))
-		if err1 == nil && err2 == nil {
-			return dir, nil
-		}
-	}
-	return "", fault.New(fault.Unavailable, "PostgreSQL is not installed on this machine").WithCode("no_postgres").
-		WithHint("run scripts/setup.sh, or `apt-get install postgresql`, or set ONEO_DATABASE_URL to a server elsewhere")
-}
 
 // PostgresOptions says how PostgreSQL is started.
 type PostgresOptions struct {
@@ -63,10 +35,10 @@ type PostgresOptions struct {
 type Postgres struct {
 	opts     PostgresOptions
 	bin      string
-	servant  servant
+	servant  pgserver.Servant
 	port     int
 	password string
-	process  *process
+	process  *pgserver.Process
 }
 
 const superuser = "postgres"
@@ -74,22 +46,22 @@ const superuser = "postgres"
 // StartPostgres starts a server on Dir, making its data folder first where there is none. It returns when the server
 // answers. Faults of kind Unavailable say what is missing.
 func StartPostgres(ctx context.Context, o PostgresOptions) (*Postgres, error) {
-	bin, err := FindPostgres()
+	bin, err := pgserver.Find()
 	if err != nil {
 		return nil, err
 	}
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, fmt.Errorf("data folder: %w", err)
 	}
-	s, err := findServant()
+	s, err := pgserver.FindServant()
 	if err != nil {
 		return nil, err
 	}
 	p := &Postgres{opts: o, bin: bin, servant: s}
-	if err := s.own(p.data()); err != nil {
+	if err := s.Own(p.data()); err != nil {
 		return nil, err
 	}
-	if err := s.own(p.sockets()); err != nil {
+	if err := s.Own(p.sockets()); err != nil {
 		return nil, err
 	}
 	if err := p.initialise(ctx); err != nil {
@@ -102,7 +74,7 @@ func StartPostgres(ctx context.Context, o PostgresOptions) (*Postgres, error) {
 		if err := p.choosePort(); err != nil {
 			return nil, err
 		}
-		if err = p.startPatiently(ctx); !portLost(err) || o.Port != 0 || attempt == portTries {
+		if err = p.startPatiently(ctx); !pgserver.PortLost(err) || o.Port != 0 || attempt == portTries {
 			return p, err
 		}
 	}
@@ -185,12 +157,10 @@ func (p *Postgres) initialise(ctx context.Context) error {
 		return fmt.Errorf("hand the password to initdb: %w", err)
 	}
 	defer os.Remove(pwfile)
-	if p.servant.credential != nil {
-		if err := os.Chown(pwfile, p.servant.uid, p.servant.gid); err != nil {
-			return fmt.Errorf("hand the password to initdb: %w", err)
-		}
+	if err := p.servant.Chown(pwfile); err != nil {
+		return fmt.Errorf("hand the password to initdb: %w", err)
 	}
-	cmd := p.servant.command(filepath.Join(p.bin, "initdb"), "--pgdata", p.data(), "--username", superuser, "--no-sync",
+	cmd := p.servant.Command(filepath.Join(p.bin, "initdb"), "--pgdata", p.data(), "--username", superuser, "--no-sync",
 		"--encoding", "UTF8", "--locale", "C.UTF-8", "--auth", auth, "--pwfile", pwfile)
 	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8")
 	if text, err := cmd.CombinedOutput(); err != nil {
@@ -229,24 +199,19 @@ func (p *Postgres) choosePort() error {
 		return nil
 	}
 	if text, err := os.ReadFile(p.lastPort()); err == nil {
-		if n, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && portFree(n) {
+		if n, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && pgserver.PortFree(n) {
 			p.port = n
 			return nil
 		}
 	}
 	var err error
-	if p.port, err = FreePort(); err != nil {
+	if p.port, err = pgserver.FreePort(); err != nil {
 		return err
 	}
 	return os.WriteFile(p.lastPort(), []byte(strconv.Itoa(p.port)+"\n"), 0o600)
 }
 
-func (p *Postgres) start(ctx context.Context) error {
-	log, err := os.OpenFile(p.log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("open the log: %w", err)
-	}
-	defer log.Close()
+func (p *Postgres) start(ctx context.Context) (err error) {
 	settings := map[string]string{"listen_addresses": "127.0.0.1", "unix_socket_directories": p.sockets(), "port": strconv.Itoa(p.port), "logging_collector": "off"}
 	if p.opts.Fast {
 		settings["fsync"], settings["synchronous_commit"], settings["full_page_writes"] = "off", "off", "off"
@@ -254,46 +219,10 @@ func (p *Postgres) start(ctx context.Context) error {
 	for k, v := range p.opts.Settings {
 		settings[k] = v
 	}
-	args := []string{"-D", p.data()}
-	for k, v := range settings {
-		args = append(args, "-c", k+"="+v)
-	}
-	cmd := p.servant.command(filepath.Join(p.bin, "postgres"), args...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8")
-	cmd.Stdout, cmd.Stderr = log, log
-	// SIGINT is PostgreSQL's fast shutdown.
-	if p.process, err = startProcess(cmd, syscall.SIGINT); err != nil {
-		return fmt.Errorf("start PostgreSQL: %w", err)
-	}
-	if err := p.await(ctx); err != nil {
-		_ = p.process.stop(ctx, 5*time.Second, syscall.SIGQUIT) // the reason is told already
+	if p.process, err = pgserver.Start(p.servant, pgserver.StartOptions{Bin: p.bin, Data: p.data(), Log: p.log(), Settings: settings}); err != nil {
 		return err
 	}
-	return nil
-}
-
-// await waits until the server says in its pid file that it takes connections.
-func (p *Postgres) await(ctx context.Context) error {
-	deadline := time.Now().Add(60 * time.Second)
-	for {
-		if text, err := os.ReadFile(filepath.Join(p.data(), "postmaster.pid")); err == nil {
-			lines := strings.Split(string(text), "\n")
-			if len(lines) > 7 && strings.TrimSpace(lines[0]) == strconv.Itoa(p.process.cmd.Process.Pid) && strings.TrimSpace(lines[7]) == "ready" {
-				return nil
-			}
-		}
-		if p.process.ended() {
-			return fault.New(fault.Unavailable, "PostgreSQL ended while starting; its log says:\n%s", tail(p.log())).WithCode("postgres_start")
-		}
-		if time.Now().After(deadline) {
-			return fault.New(fault.Unavailable, "PostgreSQL was not ready within a minute; its log says:\n%s", tail(p.log())).WithCode("postgres_start")
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
+	return pgserver.Await(ctx, p.process, p.data(), p.log())
 }
 
 // URL is the superuser's way to a database.
@@ -312,17 +241,17 @@ func (p *Postgres) URL(database string) string {
 func (p *Postgres) Port() int { return p.port }
 
 // Pid is the server's process id.
-func (p *Postgres) Pid() int { return p.process.cmd.Process.Pid }
+func (p *Postgres) Pid() int { return p.process.Cmd.Process.Pid }
 
 // Stop ends the server in order: sessions are ended, what is committed stays.
 func (p *Postgres) Stop(ctx context.Context) error {
-	return p.process.stop(ctx, 20*time.Second, syscall.SIGINT, syscall.SIGQUIT)
+	return p.process.Stop(ctx, 20*time.Second, syscall.SIGINT, syscall.SIGQUIT)
 }
 
 // Kill ends the server as a crash does.
 func (p *Postgres) Kill() error {
-	err := p.process.signal(syscall.SIGKILL)
-	<-p.process.done
+	err := p.process.Signal(syscall.SIGKILL)
+	<-p.process.Done
 	return err
 }
 

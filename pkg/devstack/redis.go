@@ -20,6 +20,7 @@ import (
 	"github.com/alicebob/miniredis/v2"
 
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
 )
 
 // RedisOptions says how Redis is started.
@@ -35,7 +36,7 @@ type Redis struct {
 	opts     RedisOptions
 	port     int
 	password string
-	process  *process // nil: in process
+	process  *pgserver.Process // nil: in process
 	inside   *miniredis.Miniredis
 	stopTick func()
 }
@@ -52,7 +53,7 @@ func StartRedis(ctx context.Context, o RedisOptions) (*Redis, error) {
 		if absent != nil {
 			return r, r.startInside()
 		}
-		if err := r.start(ctx, path); !portLost(err) || o.Port != 0 || attempt == portTries {
+		if err := r.start(ctx, path); !pgserver.PortLost(err) || o.Port != 0 || attempt == portTries {
 			return r, err
 		}
 	}
@@ -64,7 +65,7 @@ func (r *Redis) recall() error {
 	if r.opts.Keep {
 		if text, err := os.ReadFile(file); err == nil {
 			port, password, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
-			if n, err := strconv.Atoi(port); err == nil && (r.port == 0 || r.port == n) && portFree(n) && len(password) == 32 {
+			if n, err := strconv.Atoi(port); err == nil && (r.port == 0 || r.port == n) && pgserver.PortFree(n) && len(password) == 32 {
 				r.port, r.password = n, password
 				return nil
 			}
@@ -77,7 +78,7 @@ func (r *Redis) recall() error {
 	r.password = hex.EncodeToString(b)
 	if r.port == 0 {
 		var err error
-		if r.port, err = FreePort(); err != nil {
+		if r.port, err = pgserver.FreePort(); err != nil {
 			return err
 		}
 	}
@@ -136,14 +137,14 @@ func (r *Redis) start(ctx context.Context, path string) error {
 	cmd := exec.Command(path, "-") // the password is not for the list of processes
 	cmd.Stdin = strings.NewReader(text.String())
 	cmd.Stdout, cmd.Stderr = log, log
-	if r.process, err = startProcess(cmd, syscall.SIGTERM); err != nil {
+	if r.process, err = pgserver.StartProcess(cmd, syscall.SIGTERM); err != nil {
 		return fmt.Errorf("start Redis: %w", err)
 	}
 	deadline := time.Now().Add(60 * time.Second)
 	for !r.answers() {
-		if r.process.ended() || time.Now().After(deadline) {
-			_ = r.process.stop(ctx, time.Second, syscall.SIGTERM) // the reason is told already
-			return fault.New(fault.Unavailable, "Redis did not start; its log says:\n%s", tail(logPath)).WithCode("redis_start")
+		if r.process.Ended() || time.Now().After(deadline) {
+			_ = r.process.Stop(ctx, time.Second, syscall.SIGTERM) // the reason is told already
+			return fault.New(fault.Unavailable, "Redis did not start; its log says:\n%s", pgserver.Tail(logPath)).WithCode("redis_start")
 		}
 		select {
 		case <-ctx.Done():
@@ -194,7 +195,7 @@ func (r *Redis) Stop(ctx context.Context) error {
 		r.inside.Close()
 		return nil
 	}
-	return r.process.stop(ctx, 10*time.Second, syscall.SIGTERM)
+	return r.process.Stop(ctx, 10*time.Second, syscall.SIGTERM)
 }
 
 // Kill ends the server as a crash does.
@@ -202,13 +203,13 @@ func (r *Redis) Kill() error {
 	if r.inside != nil {
 		return r.Stop(context.Background())
 	}
-	err := r.process.signal(syscall.SIGKILL)
-	<-r.process.done
+	err := r.process.Signal(syscall.SIGKILL)
+	<-r.process.Done
 	return err
 }
 
 // Pause makes the server hang until Continue.
-func (r *Redis) Pause() error { return r.process.signal(syscall.SIGSTOP) }
+func (r *Redis) Pause() error { return r.process.Signal(syscall.SIGSTOP) }
 
 // Continue ends a Pause.
-func (r *Redis) Continue() error { return r.process.signal(syscall.SIGCONT) }
+func (r *Redis) Continue() error { return r.process.Signal(syscall.SIGCONT) }

@@ -1,7 +1,7 @@
-// Package devstack starts PostgreSQL and Redis for a machine that has no servers running: for `oneo dev`, for tests and
-// for benchmarks. It promises: they listen on the loopback only; they end with the process that started them, also when
-// that is killed; what they keep is in the folder that was given; and a second start on that folder finds it.
-package devstack
+// Package pgserver runs servers on this machine, and PostgreSQL's own programs. It promises: a server ends with the process that
+// started it, also when that is killed; PostgreSQL, which refuses root, runs as a user who may; and a start says what
+// the server's log says when it fails.
+package pgserver
 
 import (
 	"context"
@@ -23,32 +23,32 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
-// process is a child that ends when this process does.
-type process struct {
-	cmd    *exec.Cmd
-	done   chan struct{}
-	result error // valid once done is closed
+// Process is a child that ends when this process does.
+type Process struct {
+	Cmd    *exec.Cmd
+	Done   chan struct{} // closed when it has ended
+	Result error         // valid once Done is closed
 }
 
-// startProcess starts cmd so that the kernel sends it death when this process ends. The signal is tied to the thread
+// StartProcess starts cmd so that the kernel sends it death when this process ends. The signal is tied to the thread
 // that started the child, so a goroutine keeps that thread until the child has ended.
-func startProcess(cmd *exec.Cmd, death syscall.Signal) (*process, error) {
+func StartProcess(cmd *exec.Cmd, death syscall.Signal) (*Process, error) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = death
 	// A group of its own: a Ctrl-C at the terminal is for us, and we stop the child in order.
 	cmd.SysProcAttr.Setpgid = true
-	p := &process{cmd: cmd, done: make(chan struct{})}
+	p := &Process{Cmd: cmd, Done: make(chan struct{})}
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			p.result = cmd.Wait()
+			p.Result = cmd.Wait()
 		}
-		close(p.done)
+		close(p.Done)
 	}()
 	if err := <-started; err != nil {
 		return nil, err
@@ -56,23 +56,24 @@ func startProcess(cmd *exec.Cmd, death syscall.Signal) (*process, error) {
 	return p, nil
 }
 
-func (p *process) signal(s syscall.Signal) error {
-	err := p.cmd.Process.Signal(s)
+// Signal sends a signal, to one that has ended too.
+func (p *Process) Signal(s syscall.Signal) error {
+	err := p.Cmd.Process.Signal(s)
 	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}
 	return err
 }
 
-// stop asks the child to end by each signal in turn, giving it patience each time, and waits for it.
-func (p *process) stop(ctx context.Context, patience time.Duration, signals ...syscall.Signal) error {
+// Stop asks the child to end by each signal in turn, giving it patience each time, and waits for it.
+func (p *Process) Stop(ctx context.Context, patience time.Duration, signals ...syscall.Signal) error {
 	for _, s := range append(signals, syscall.SIGKILL) {
-		if err := p.signal(s); err != nil {
+		if err := p.Signal(s); err != nil {
 			return err
 		}
 		timer := time.NewTimer(patience)
 		select {
-		case <-p.done:
+		case <-p.Done:
 			timer.Stop()
 			return nil
 		case <-timer.C:
@@ -80,13 +81,14 @@ func (p *process) stop(ctx context.Context, patience time.Duration, signals ...s
 			timer.Stop()
 		}
 	}
-	<-p.done
+	<-p.Done
 	return nil
 }
 
-func (p *process) ended() bool {
+// Ended reports whether it has.
+func (p *Process) Ended() bool {
 	select {
-	case <-p.done:
+	case <-p.Done:
 		return true
 	default:
 		return false
@@ -97,7 +99,7 @@ func (p *process) ended() bool {
 // anybody's next connection may take one of these, while a server is still starting or is away between two starts.
 func FreePort() (int, error) {
 	for range 100 {
-		if n := 10_000 + rand.IntN(10_000); portFree(n) {
+		if n := 10_000 + rand.IntN(10_000); PortFree(n) {
 			return n, nil
 		}
 	}
@@ -113,16 +115,17 @@ func FreePort() (int, error) {
 	return addr.Port, nil
 }
 
-// servant is the user that PostgreSQL runs as: ourselves, or, since it refuses root, postgres or nobody.
-type servant struct {
+// Servant is the user that PostgreSQL runs as: ourselves, or, since it refuses root, postgres or nobody.
+type Servant struct {
 	credential *syscall.Credential // nil: ourselves
 	uid, gid   int
 	name       string
 }
 
-func findServant() (servant, error) {
+// FindServant finds the user that PostgreSQL can be run as.
+func FindServant() (Servant, error) {
 	if os.Geteuid() != 0 {
-		return servant{uid: -1, gid: -1}, nil
+		return Servant{uid: -1, gid: -1}, nil
 	}
 	for _, name := range []string{"postgres", "nobody"} {
 		u, err := user.Lookup(name)
@@ -132,16 +135,16 @@ func findServant() (servant, error) {
 		uid, err1 := strconv.Atoi(u.Uid)
 		gid, err2 := strconv.Atoi(u.Gid)
 		if err := errors.Join(err1, err2); err != nil {
-			return servant{}, fmt.Errorf("user %s: %w", name, err)
+			return Servant{}, fmt.Errorf("user %s: %w", name, err)
 		}
-		return servant{&syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, uid, gid, name}, nil
+		return Servant{&syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, uid, gid, name}, nil
 	}
-	return servant{}, fault.New(fault.Unavailable, "PostgreSQL refuses to run as root, and there is neither a user postgres nor nobody").
+	return Servant{}, fault.New(fault.Unavailable, "PostgreSQL refuses to run as root, and there is neither a user postgres nor nobody").
 		WithCode("no_user").WithHint("run oneo as an ordinary user")
 }
 
-// own makes a folder that the servant owns, and checks that it can get there.
-func (s servant) own(dir string) error {
+// Own makes a folder that the Servant owns, and checks that it can get there.
+func (s Servant) Own(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make a data folder: %w", err)
 	}
@@ -166,15 +169,24 @@ func (s servant) own(dir string) error {
 	}
 }
 
-func (s servant) command(name string, args ...string) *exec.Cmd {
+// Chown hands one file or folder to the servant, if that is somebody else.
+func (s Servant) Chown(path string) error {
+	if s.credential == nil {
+		return nil
+	}
+	return os.Chown(path, s.uid, s.gid)
+}
+
+// Command is a program that the servant runs.
+func (s Servant) Command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(name, args...)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.credential}
 	return cmd
 }
 
-// tail is the end of a log, for an error.
-func tail(path string) string {
+// Tail is the end of a log, for an error.
+func Tail(path string) string {
 	f, err := os.Open(path)
 	if err != nil {
 		return ""
@@ -197,12 +209,13 @@ func tail(path string) string {
 	return string(text)
 }
 
-// portLost reports whether a server did not start because somebody else was faster to take its port.
-func portLost(err error) bool {
+// PortLost reports whether a server did not start because somebody else was faster to take its port.
+func PortLost(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "Address already in use")
 }
 
-func portFree(port int) bool {
+// PortFree reports whether nobody listens on a port of the loopback.
+func PortFree(port int) bool {
 	l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
 	if err != nil {
 		return false

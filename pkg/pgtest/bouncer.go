@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/oneo-crm/oneo/pkg/devstack"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 )
 
@@ -44,7 +44,7 @@ func (env *Env) startPgBouncer(t testing.TB, size int) (addr string, ok bool) {
 	dir, err := os.MkdirTemp("", "bouncer-")
 	require(err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	port, err := devstack.FreePort()
+	port, err := pgserver.FreePort()
 	require(err)
 	ini := filepath.Join(dir, "pgbouncer.ini")
 	require(os.WriteFile(ini, fmt.Appendf(nil, `[databases]
