@@ -122,7 +122,7 @@ func (p *Postgres) initialise(ctx context.Context) error {
 	p.password = strings.TrimSpace(string(password))
 	ready := filepath.Join(p.data(), "oneo-initialised")
 	if _, err := os.Stat(ready); err == nil {
-		return nil
+		return p.servant.Chown(ready) // older ones were ours, and pg_basebackup reads every file
 	}
 	entries, err := os.ReadDir(p.data())
 	if err != nil {
@@ -169,7 +169,10 @@ func (p *Postgres) initialise(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return os.WriteFile(ready, nil, 0o600)
+	if err := os.WriteFile(ready, nil, 0o600); err != nil {
+		return err
+	}
+	return p.servant.Chown(ready)
 }
 
 // running refuses a data folder that another server is working on.

@@ -46,6 +46,7 @@ var All = []string{
 	"full.holding", "full.held", "full.shared", "full.tenant", "full.copied",
 	"refill.shared", "refill.built", "refill.finish", "refill.after", "refill.tenant",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
+	"physical.copied", "physical.placed", "physical.pruned", "physical.begun", "physical.fetched", "physical.started", "physical.recovered",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }
 

@@ -1,0 +1,48 @@
+package physical_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/physical"
+)
+
+func TestAMomentIsReachedBesideTheLiveCluster(t *testing.T) {
+	t.Parallel()
+	a := withFiles(t)
+	a.exec(`create table deals (id int primary key)`)
+	a.exec(`insert into deals select generate_series(1, 1000)`)
+	b, err := a.engine.Create(t.Context(), physical.CreateOptions{})
+	require.NoError(t, err)
+	a.exec(`insert into deals values (1001)`)
+	before := a.now()
+	a.exec(`delete from deals`)
+	a.flush()
+
+	c, err := a.recover(physical.Target{Time: before})
+	require.NoError(t, err)
+	conn, err := pgx.Connect(t.Context(), c.SuperuserURL("postgres"))
+	require.NoError(t, err)
+	var n int
+	require.NoError(t, conn.QueryRow(t.Context(), `select count(*) from deals`).Scan(&n))
+	require.Equal(t, 1001, n)
+	require.NoError(t, conn.Close(t.Context()))
+	require.Equal(t, b.Label, c.Backup.Label)
+	require.False(t, c.Reached.After(before))
+	require.NoError(t, a.conn.QueryRow(t.Context(), `select count(*) from deals`).Scan(&n))
+	require.Zero(t, n)
+
+	left, err := physical.Leftovers(filepath.Join(a.dir, "scratch"))
+	require.NoError(t, err)
+	require.Empty(t, left) // it is held
+	require.NoError(t, c.Close(context.Background()))
+	entries, err := os.ReadDir(filepath.Join(a.dir, "scratch"))
+	require.NoError(t, err)
+	require.Empty(t, entries)
+	require.NoError(t, a.engine.Verify(t.Context(), b.Label, nil))
+}

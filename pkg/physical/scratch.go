@@ -1,0 +1,514 @@
+package physical
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/oneo-crm/oneo/pkg/failpoint"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/pgserver"
+)
+
+// RecoverOptions say what is recovered, and where to.
+type RecoverOptions struct {
+	// Dir is the folder in which a folder for the cluster is made.
+	Dir    string
+	Target Target
+	// Superuser is one of the cluster's; empty: postgres.
+	Superuser string
+	// Only are the databases that are needed; none: all. Engines that cannot tell them apart bring all.
+	Only []string
+	// Why is for whoever finds the folder.
+	Why string
+	// Report is told how far it is; may be nil. It may be called from another goroutine.
+	Report func(Progress)
+	// Final is the data folder of a cluster that is to stay, in the place of one that ends with us. It must be empty, or not be there.
+	Final string
+}
+
+// Cluster is a recovered cluster. It runs, can be written to, and archives nothing.
+type Cluster struct {
+	Target Target
+	Backup Backup
+	// Reached is when the last transaction of it was committed; zero: there is none since the backup.
+	Reached time.Time
+
+	dir, data, run string
+	superuser      string
+	final          bool
+	process        *pgserver.Process
+	held           *os.File
+	auto           []byte // postgresql.auto.conf as it was fetched
+}
+
+// about is what a scratch cluster's folder says of itself.
+type about struct {
+	Why    string    `json:"why"`
+	Target string    `json:"target"`
+	Made   time.Time `json:"made"`
+	Pid    int       `json:"pid"` // of the oneo that made it
+}
+
+const (
+	aboutFile  = "scratch.json"
+	socketPort = 5432 // a part of the socket's name: nothing listens on a network
+	// spare is what must be left free on the disk besides the cluster itself.
+	spare = 256 << 20
+)
+
+// Recover brings a cluster to a moment beside the live one. NotFound: the moment cannot be reached, and the fault says what can.
+// Unfit: what is needed is damaged. Unavailable: disk or memory do not suffice, or a program fails. What has failed leaves nothing.
+func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err error) {
+	if o.Report == nil {
+		o.Report = func(Progress) {}
+	}
+	info, err := e.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b, err := info.Choose(o.Target)
+	if err != nil {
+		return nil, err
+	}
+	bin, err := pgserver.FindMajor(b.Major)
+	if err != nil {
+		return nil, err
+	}
+	s, err := pgserver.FindServant()
+	if err != nil {
+		return nil, err
+	}
+	c = &Cluster{Target: o.Target, Backup: b, superuser: o.Superuser, final: o.Final != ""}
+	if c.superuser == "" {
+		c.superuser = "postgres"
+	}
+	defer func() {
+		if err != nil {
+			_ = c.remove(context.WithoutCancel(ctx)) // the reason is told already; what stays is found by Leftovers
+			c = nil
+		}
+	}()
+	if err := c.place(s, o); err != nil {
+		return nil, err
+	}
+	if err := room(c.data, b, info); err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("physical.begun"); err != nil {
+		return nil, err
+	}
+	if err := e.Fetch(ctx, b, c.data, o.Only, o.Report); err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("physical.fetched"); err != nil {
+		return nil, err
+	}
+	if err := c.start(ctx, s, bin, e.RestoreCommand()); err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("physical.started"); err != nil {
+		return nil, err
+	}
+	if err := c.replay(ctx, info, o.Report); err != nil {
+		return nil, err
+	}
+	return c, failpoint.Hit("physical.recovered")
+}
+
+// place makes the folders of the cluster, which belong to PostgreSQL's user and can be entered by nobody else.
+func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
+	if err := s.Own(o.Dir); err != nil {
+		return err
+	}
+	c.dir = filepath.Join(o.Dir, "scratch-"+uuid.NewString()[:8])
+	c.run = filepath.Join(c.dir, "run")
+	if len(c.run) > 80 { // a socket's path may have 107 bytes
+		var err error
+		if c.run, err = os.MkdirTemp("", "oneo-"); err != nil {
+			return err
+		}
+	}
+	if err := s.Own(c.dir); err != nil {
+		return err
+	}
+	var err error
+	// Held for as long as this process lives: what nobody holds was left behind.
+	if c.held, err = os.OpenFile(filepath.Join(c.dir, aboutFile), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return err
+	}
+	if err := syscall.Flock(int(c.held.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return err
+	}
+	text, err := json.Marshal(about{Why: o.Why, Target: o.Target.String(), Made: time.Now().UTC(), Pid: os.Getpid()})
+	if err != nil {
+		return err
+	}
+	if _, err := c.held.Write(append(text, '\n')); err != nil {
+		return err
+	}
+	if c.final {
+		data, err := filepath.Abs(o.Final)
+		if err != nil {
+			return err
+		}
+		if entries, err := os.ReadDir(data); err == nil && len(entries) > 0 {
+			return fault.New(fault.Conflict, "the folder %s is not empty", data).WithCode("not_empty").WithHint("name one that is empty, or is not there")
+		}
+		c.data = data // only now: what fails is removed
+	} else {
+		c.data = filepath.Join(c.dir, "data")
+	}
+	return errors.Join(s.Own(c.data), s.Own(c.run))
+}
+
+// room refuses a recovery for which there is not enough room, before anything is fetched.
+func room(dir string, b Backup, info Info) error {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("look at the room in %s: %w", dir, err)
+	}
+	// Replay makes the cluster larger, by no more than its WAL.
+	need, free := Room(b, info), int64(st.Bavail)*st.Bsize //nolint:unconvert // the types differ between systems
+	if free < need {
+		return fault.New(fault.Unavailable, "recovering needs about %d MB in %s, and %d MB are free", need>>20, dir, free>>20).WithCode("disk_full").
+			WithHint("free space, or choose another folder: backup.physical.scratch")
+	}
+	return nil
+}
+
+// Room is about how many bytes of disk a recovery from a backup takes.
+func Room(b Backup, info Info) int64 { return b.Bytes + min(info.Replayed(b), b.Bytes) + spare }
+
+var controlLine = regexp.MustCompile(`(?m)^(max_\w+|track_commit_timestamp) setting:\s+(\S+)`)
+
+// least are settings that may not be less than where the WAL was written: PostgreSQL refuses to replay it otherwise.
+func least(s pgserver.Servant, bin, data string) (map[string]string, error) {
+	cmd := s.Command(filepath.Join(bin, "pg_controldata"), data)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	text, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("pg_controldata: %w", err)
+	}
+	names := map[string]string{"max_connections": "max_connections", "max_worker_processes": "max_worker_processes", "max_wal_senders": "max_wal_senders",
+		"max_prepared_xacts": "max_prepared_transactions", "max_locks_per_xact": "max_locks_per_transaction"}
+	found := map[string]string{}
+	for _, m := range controlLine.FindAllStringSubmatch(string(text), -1) {
+		if name, ok := names[m[1]]; ok {
+			found[name] = m[2]
+		}
+	}
+	return found, nil
+}
+
+// start starts PostgreSQL on what was fetched so that it recovers to the target, whatever the settings in it say: none of these
+// may archive, send or listen.
+func (c *Cluster) start(ctx context.Context, s pgserver.Servant, bin, restore string) error {
+	settings, err := least(s, bin, c.data)
+	if err != nil {
+		return err
+	}
+	files := map[string]string{
+		filepath.Join(c.dir, "postgresql.conf"):  "# Written by oneo: all settings are given at the start.\n",
+		filepath.Join(c.dir, "hba.conf"):         "local all all trust\n", // the socket's folder lets nobody in but PostgreSQL's user
+		filepath.Join(c.dir, "ident.conf"):       "",
+		filepath.Join(c.data, "recovery.signal"): "",
+	}
+	auto := filepath.Join(c.data, "postgresql.auto.conf")
+	was, err := os.ReadFile(auto)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	files[auto] = ""
+	for path, text := range files {
+		if err := errors.Join(os.WriteFile(path, []byte(text), 0o600), s.Chown(path)); err != nil {
+			return err
+		}
+	}
+	_ = os.Remove(filepath.Join(c.data, "standby.signal")) // of a backup of a standby
+	for k, v := range map[string]string{
+		"config_file": filepath.Join(c.dir, "postgresql.conf"), "hba_file": filepath.Join(c.dir, "hba.conf"), "ident_file": filepath.Join(c.dir, "ident.conf"),
+		"listen_addresses": "", "unix_socket_directories": c.run, "unix_socket_permissions": "0700", "port": strconv.Itoa(socketPort), "ssl": "off",
+		"archive_mode": "off", "restore_command": restore, "hot_standby": "on", "shared_preload_libraries": "", "logging_collector": "off", "log_destination": "stderr",
+		"autovacuum": "off", "shared_buffers": "128MB", "max_wal_size": "256MB", "log_min_messages": "info", "log_timezone": "UTC", "TimeZone": "UTC", "lc_messages": "C",
+		"cluster_name": "oneo recovery",
+	} {
+		settings[k] = v
+	}
+	if !c.final { // nothing of it is needed after a crash
+		settings["fsync"], settings["full_page_writes"], settings["synchronous_commit"] = "off", "off", "off"
+	}
+	for k, v := range c.Target.settings() {
+		settings[k] = v
+	}
+	c.process, err = pgserver.Start(s, pgserver.StartOptions{Bin: bin, Data: c.data, Log: c.log(), Settings: settings, Gentle: true})
+	if err != nil {
+		return err
+	}
+	c.auto = was
+	return nil
+}
+
+func (c *Cluster) log() string { return filepath.Join(c.dir, "postgres.log") }
+
+// replay waits until the target is reached and the cluster can be written to.
+func (c *Cluster) replay(ctx context.Context, info Info, report func(Progress)) error {
+	total := info.Replayed(c.Backup)
+	for {
+		if c.process.Ended() {
+			return c.diagnose(info)
+		}
+		recovering, p, err := c.look(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err == nil && !recovering:
+			return nil
+		case err == nil:
+			p.Total = total
+			report(p)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-c.process.Done:
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// look asks how far the replay is. An error: it cannot be asked yet.
+func (c *Cluster) look(ctx context.Context) (recovering bool, p Progress, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, c.URL(c.superuser, "postgres"))
+	if err != nil {
+		return true, p, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	var at *time.Time
+	var lsn *string
+	const ask = `select pg_catalog.pg_is_in_recovery(), pg_catalog.pg_last_xact_replay_timestamp(), pg_catalog.pg_last_wal_replay_lsn()::text`
+	if err := conn.QueryRow(ctx, ask).Scan(&recovering, &at, &lsn); err != nil {
+		return true, p, err
+	}
+	p.Phase = PhaseReplay
+	if at != nil {
+		p.Moment, c.Reached = *at, *at
+	}
+	if lsn != nil {
+		if l, err := ParseLSN(*lsn); err == nil && l > c.Backup.StartLSN {
+			p.Done = int64(l - c.Backup.StartLSN) //nolint:gosec // a stretch of WAL
+		}
+	}
+	return recovering, p, nil
+}
+
+var lastCommit = regexp.MustCompile(`last completed transaction was at log time ([0-9: .-]+)`)
+
+// diagnose says why PostgreSQL ended in the middle of a recovery.
+func (c *Cluster) diagnose(info Info) error {
+	text := pgserver.Tail(c.log())
+	has := func(s string) bool { return strings.Contains(text, s) }
+	switch {
+	case has("is damaged"):
+		return fault.New(fault.Unfit, "archived WAL is damaged: %s", lineWith(text, "is damaged")).WithCode("damaged").
+			WithHint("moments after this file can be reached from a later backup only: oneo backup physical list")
+	case has("No space left on device"):
+		return fault.New(fault.Unavailable, "the disk of %s is full", c.dir).WithCode("disk_full").WithHint("free space, or choose another folder: backup.physical.scratch")
+	case has("ended before configured recovery target was reached"):
+		until := "before the end of the backup"
+		if m := lastCommit.FindStringSubmatch(text); m != nil {
+			until = "at " + strings.TrimSpace(m[1]) + "Z"
+		}
+		f := fault.New(fault.NotFound, "%s cannot be reached: the last transaction in the archived WAL was committed %s", c.Target, until)
+		if s := info.stretch(c.Backup); s != nil && info.archivedAfter(c.Backup, s.Until) {
+			return f.WithCode("wal_missing").WithHint("WAL is missing behind %s; %s", s.Last, info.reach())
+		}
+		return f.WithCode("target_not_reached").WithHint("an earlier moment, or: is all WAL archived? oneo backup physical list")
+	case has("consistent recovery point"), has("WAL ends before end of online backup"), has("could not locate required checkpoint record"):
+		return fault.New(fault.NotFound, "the WAL that was written during the backup %s is missing", c.Backup.Label).WithCode("wal_missing").WithHint("%s", info.reach())
+	}
+	return fault.New(fault.Unavailable, "PostgreSQL ended while recovering; its log says:\n%s", text).WithCode("postgres_start")
+}
+
+func lineWith(text, what string) string {
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, what) {
+			return strings.TrimSpace(line)
+		}
+	}
+	return ""
+}
+
+// URL is how one of the cluster's roles reaches a database of it, on this machine alone.
+func (c *Cluster) URL(role, database string) string {
+	u := url.URL{Scheme: "postgres", User: url.User(role), Path: "/" + database}
+	u.RawQuery = url.Values{"host": {c.run}, "port": {strconv.Itoa(socketPort)}, "sslmode": {"disable"}}.Encode()
+	return u.String()
+}
+
+// SuperuserURL is the way of the cluster's superuser.
+func (c *Cluster) SuperuserURL(database string) string { return c.URL(c.superuser, database) }
+
+// Data is the data folder.
+func (c *Cluster) Data() string { return c.data }
+
+// Close stops the cluster and removes it, but for a final one's data folder.
+func (c *Cluster) Close(ctx context.Context) error {
+	if c.final {
+		if err := c.process.Stop(ctx, 5*time.Minute, syscall.SIGINT); err != nil {
+			return err
+		}
+		// Its own settings, for who starts it.
+		if err := os.WriteFile(filepath.Join(c.data, "postgresql.auto.conf"), c.auto, 0o600); err != nil {
+			return err
+		}
+		c.data = ""
+	}
+	return c.remove(ctx)
+}
+
+func (c *Cluster) remove(ctx context.Context) error {
+	if c.process != nil {
+		// What is thrown away need not be put in order.
+		if err := c.process.Stop(ctx, 20*time.Second, syscall.SIGQUIT); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for _, dir := range []string{c.data, c.run, c.dir} {
+		if dir != "" {
+			errs = append(errs, os.RemoveAll(dir))
+		}
+	}
+	if c.held != nil {
+		errs = append(errs, c.held.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Leftover is a scratch cluster that nobody holds any more.
+type Leftover struct {
+	Dir    string    `json:"dir"`
+	Why    string    `json:"why"`
+	Target string    `json:"target"`
+	Made   time.Time `json:"made"`
+	Bytes  int64     `json:"size_bytes"`
+}
+
+// Leftovers are the scratch clusters in a folder whose process has died.
+func Leftovers(dir string) (found []Leftover, err error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		if !e.IsDir() || !strings.HasPrefix(e.Name(), "scratch-") {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		file, err := abandoned(path)
+		if err != nil {
+			return nil, err
+		}
+		if file == nil {
+			continue
+		}
+		l := Leftover{Dir: path}
+		var a about
+		if err := json.NewDecoder(file).Decode(&a); err == nil {
+			l.Why, l.Target, l.Made = a.Why, a.Target, a.Made
+		} else if st, err := e.Info(); err == nil {
+			l.Made = st.ModTime()
+		}
+		_ = file.Close()
+		if l.Bytes, err = sizeOf(path); err != nil {
+			return nil, err
+		}
+		found = append(found, l)
+	}
+	return found, nil
+}
+
+// abandoned opens and holds what a folder says of itself, if nobody else holds it; nil: somebody does, or it is only just being made.
+func abandoned(dir string) (*os.File, error) {
+	file, err := os.OpenFile(filepath.Join(dir, aboutFile), os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = file.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	return file, nil
+}
+
+// RemoveLeftover removes a scratch cluster that nobody holds, and its server if that still ends.
+func RemoveLeftover(ctx context.Context, dir string) error {
+	file, err := abandoned(dir)
+	if err != nil || file == nil {
+		return err
+	}
+	defer file.Close()
+	if err := endServer(ctx, filepath.Join(dir, "data")); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+// endServer ends a server that outlives the process that started it.
+func endServer(ctx context.Context, data string) error {
+	for tries := 0; ; tries++ {
+		text, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		first, _, _ := strings.Cut(string(text), "\n")
+		pid, err := strconv.Atoi(strings.TrimSpace(first))
+		if err != nil || pid <= 0 {
+			return nil
+		}
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil || !strings.Contains(string(line), data) {
+			return nil // it has ended, and its number may be another's
+		}
+		sig := syscall.SIGQUIT
+		if tries > 100 {
+			sig = syscall.SIGKILL
+		}
+		if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
