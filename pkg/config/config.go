@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -172,6 +173,16 @@ type Backup struct {
 	Schedules    []Schedule    `mapstructure:"schedules"`
 	Alarm        []string      `mapstructure:"alarm"`
 	UndoKeep     time.Duration `mapstructure:"undo_keep"`
+	Physical     Physical      `mapstructure:"physical"`
+}
+
+// Physical says which engine backs up whole clusters, and where. Without an engine there are no physical backups.
+type Physical struct {
+	Engine  string `mapstructure:"engine"`  // files or pgbackrest
+	Dir     string `mapstructure:"dir"`     // of the repository
+	Scratch string `mapstructure:"scratch"` // where clusters are recovered; empty: the system's folder for temporary files
+	Stanza  string `mapstructure:"stanza"`  // pgBackRest's name of the cluster
+	Config  string `mapstructure:"config"`  // pgBackRest's file of settings
 }
 
 // Hooks are programs, with their arguments, that are run around each backup, and for how long each of them may.
@@ -444,6 +455,7 @@ func (c Config) Validate() error {
 	positive("backup.undo_keep", c.Backup.UndoKeep)
 	between("backup.keep_min", c.Backup.KeepMin, 1, 1000)
 	positive("backup.hooks.timeout", c.Backup.Hooks.Timeout)
+	c.Backup.Physical.check(bad)
 	between("migrate.live_share", c.Migrate.LiveShare, 0, 100)
 	c.checkSchedules(bad)
 	between("migrate.max_lock_waits", c.Migrate.MaxLockWaits, 0, 10_000)
@@ -480,4 +492,24 @@ func (c Config) Validate() error {
 		WithHint("`oneo config show --origin` says where each value comes from")
 	f.Fields = fields
 	return f
+}
+
+var stanzaForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$`)
+
+// check names each setting that cannot be used. Folders are absolute: PostgreSQL's archive_command runs elsewhere.
+func (p Physical) check(bad func(key, format string, args ...any)) {
+	if !slices.Contains([]string{"", "files", "pgbackrest"}, p.Engine) {
+		bad("backup.physical.engine", "must be files, pgbackrest, or empty: none")
+	}
+	if p.Engine != "" && p.Dir == "" {
+		bad("backup.physical.dir", "must be set with backup.physical.engine, for example /var/lib/oneo/physical")
+	}
+	for key, path := range map[string]string{"dir": p.Dir, "scratch": p.Scratch, "config": p.Config} {
+		if path != "" && !filepath.IsAbs(path) {
+			bad("backup.physical."+key, "must be a path from the root, for example /var/lib/oneo/%s", key)
+		}
+	}
+	if p.Stanza != "" && !stanzaForm.MatchString(p.Stanza) {
+		bad("backup.physical.stanza", "%q is no name of a stanza; use letters, digits, - and _", p.Stanza)
+	}
 }

@@ -95,6 +95,8 @@ func TestInvalidValuesNameTheirKeys(t *testing.T) {
 		"database.statements": "maybe", "database.max_conns": "0", "database.lock_timeout": "0s", "tenancy.isolation": "none",
 		"tenancy.logins": "65", "server.secret": "short", "server.public_url": "ftp://x", "server.max_body": "1B",
 		"server.trusted_proxies": "10.0.0.1", "redis.url": "http://x", "log.level": "loud",
+		"backup.physical.engine": "wal-g", "backup.physical.dir": "physical", "backup.physical.scratch": "./scratch", "backup.physical.config": "x.conf",
+		"backup.physical.stanza": "a b",
 	} {
 		_, _, err := config.Load(config.LoadOptions{Flags: map[string]string{key: value}})
 		require.Truef(t, fault.Is(err, fault.Invalid), "%s=%s: %v", key, value, err)
@@ -103,6 +105,17 @@ func TestInvalidValuesNameTheirKeys(t *testing.T) {
 	for key, value := range map[string]string{"database.lock_timeout": "soon", "server.max_body": "much", "database.max_conns": "x"} {
 		_, _, err := config.Load(config.LoadOptions{Flags: map[string]string{key: value}})
 		require.Truef(t, fault.Is(err, fault.Invalid), "%s=%s: %v", key, value, err)
+	}
+}
+
+func TestAnEngineOfPhysicalBackupsNeedsAFolder(t *testing.T) {
+	for _, engine := range []string{"files", "pgbackrest"} {
+		flags := map[string]string{"backup.physical.engine": engine}
+		_, _, err := config.Load(config.LoadOptions{Flags: flags})
+		require.Truef(t, fault.Is(err, fault.Invalid), "%s: %v", engine, err)
+		require.Contains(t, fault.Of(err).Message, "backup.physical.dir")
+		flags["backup.physical.dir"] = "/var/lib/oneo/physical"
+		require.Equal(t, config.Physical{Engine: engine, Dir: "/var/lib/oneo/physical"}, load(t, config.LoadOptions{Flags: flags}).Backup.Physical)
 	}
 }
 
