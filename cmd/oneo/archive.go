@@ -227,6 +227,7 @@ func (k keyFlags) identities() (all []archive.Identity, err error) {
 type importOptions struct {
 	file              string
 	backup            *backup.Manifest // instead of a file
+	past              *pastArchive     // instead of both
 	as, schema, group string
 	keys              keyFlags
 	customDDL         bool
@@ -310,6 +311,9 @@ func tenantImport(ctx context.Context, e *env, o importOptions) error {
 
 // known is the sum of the statements that a backup's manifest, which is signed, says are in its archive.
 func (o importOptions) known() string {
+	if o.past != nil {
+		return o.past.custom
+	}
 	if o.backup == nil {
 		return ""
 	}
@@ -320,6 +324,9 @@ func (o importOptions) known() string {
 func (o importOptions) open(ctx context.Context, e *env) (in io.ReadCloser, ids []archive.Identity, err error) {
 	if ids, err = o.keys.identities(); err != nil {
 		return nil, nil, err
+	}
+	if o.past != nil {
+		return o.past.file, ids, nil
 	}
 	if o.backup == nil {
 		in, err = e.input(o.file)

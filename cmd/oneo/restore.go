@@ -22,19 +22,21 @@ import (
 
 type restoreOptions struct {
 	importOptions
-	slug     string
+	slugs    []string
+	slug     string // the only one of slugs, or none
 	force    bool
 	keep     time.Duration
 	diff     bool
 	parts    transfer.Parts
 	database bool
 	jobs     int
+	at       atOptions
 }
 
 func newRestoreCmd(e *env) *cobra.Command {
 	var o restoreOptions
 	cmd := &cobra.Command{
-		Use: "restore BACKUP|FILE", Short: "Take a tenant back to a backup",
+		Use: "restore [BACKUP|FILE]", Short: "Take a tenant back to a backup, or to any moment",
 		Long: `Put the rows of a backup, or of an archive in a file, in the place of a tenant's. They are loaded beside the
 tenant, which is served meanwhile, brought to the newest version, checked, and swapped in: requests wait for
 some milliseconds. Its users log in again; domains and settings stay as they are.
@@ -51,20 +53,39 @@ keys. Missing rows come in; with --overwrite those that have changed are put bac
 and triggers hold, all is one transaction, and nothing keeps what was overwritten: this cannot be undone. It is shown
 first, and asked for.
 
+With --at or --before there is no BACKUP: the tenant is taken back to that moment. From physical backups and archived
+WAL a cluster of its own is recovered beside the live one, reached by this command alone, and the tenant's rows as
+they were then are taken from it; all above holds for them. A tenant that was purged since comes back under its name.
+
 With --database BACKUP is a full backup, and goes into an installation that is empty: after ` + "`oneo init`" + `, with the
 same server.secret. The shared tables come first, then tenant by tenant, each with its number, name, domains, state
 and settings; none is served before all of it is there. The same command goes on with a restore that was interrupted
 or killed. Sessions do not come back: users log in again.`,
 		Example: "  oneo restore 3f2a9c41\n  oneo restore latest -t acme --diff\n  oneo restore latest -t acme\n  oneo restore 3f2a9c41 --as acme-yesterday\n  oneo restore acme-20261125T180000Z.oneo -t acme\n" +
-			"  oneo restore latest -t acme --table users --table api_keys\n  oneo restore latest -t acme --pipeline deals --overwrite\n  oneo restore --database 7c1d90ab",
-		Args: usageArgs(cobra.ExactArgs(1)),
+			"  oneo restore latest -t acme --table users --table api_keys\n  oneo restore latest -t acme --pipeline deals --overwrite\n" +
+			"  oneo restore -t acme --at '2026-08-01 14:03+02' --diff\n  oneo restore -t acme --at 10m\n  oneo restore -t acme --before 3f2a9c41\n  oneo restore --database 7c1d90ab",
+		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			o.file = args[0]
+			if len(o.slugs) > 0 {
+				o.slug = o.slugs[0]
+			}
+			switch {
+			case !o.at.given() && len(o.slugs) > 1:
+				return errUsage{fault.New(fault.Invalid, "a backup is one tenant's: one --tenant")}
+			case o.at.given() && len(args) > 0:
+				return errUsage{fault.New(fault.Invalid, "--at and --before go with no backup: they are a moment")}
+			case o.at.given() && o.database:
+				return errUsage{fault.New(fault.Invalid, "--database goes with a full backup").WithHint("a whole cluster at a moment: oneo recover cluster")}
+			case !o.at.given() && len(args) == 0:
+				return errUsage{fault.New(fault.Invalid, "say what is to be restored: BACKUP or FILE, or a moment").WithHint("oneo backup list -t NAME, or --at TIME, or --before OPERATION")}
+			case len(args) > 0:
+				o.file = args[0]
+			}
 			return restore(cmd.Context(), e, o)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.slug, "tenant", "t", "", "`NAME` of the tenant that is taken back; default: the backup's")
+	f.StringArrayVarP(&o.slugs, "tenant", "t", nil, "`NAME` of the tenant that is taken back; default: the backup's; with --at repeatable")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	f.DurationVar(&o.keep, "keep", 0, "for how long what is there now is kept; default: backup.undo_keep")
 	f.BoolVar(&o.force, "force", false, "also when the archive is another tenant's")
@@ -74,6 +95,7 @@ or killed. Sessions do not come back: users log in again.`,
 	f.BoolVar(&o.parts.Overwrite, "overwrite", false, "with --table or --pipeline: rows that have changed too")
 	f.BoolVar(&o.database, "database", false, "restore a full backup into an empty installation; --group: only that group's tenants now")
 	f.IntVar(&o.jobs, "jobs", 2, "with --database: tenants at one time")
+	o.at.register(f)
 	o.importOptions.register(f)
 	return cmd
 }
@@ -108,6 +130,9 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 	case o.as != "" && (o.diff || !o.parts.IsZero()):
 		return errUsage{fault.New(fault.Invalid, "--diff, --table and --pipeline are about a tenant that is there: -t NAME")}
 	}
+	if o.at.given() {
+		return restoreAt(ctx, e, o)
+	}
 	var err error
 	if o.backup, err = catalogued(ctx, e, o.file, o.slug); err != nil {
 		return err
@@ -136,6 +161,11 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 	if err != nil {
 		return err
 	}
+	return restoreInto(ctx, e, a, t, o)
+}
+
+// restoreInto puts what is to be read in the place of a tenant's rows, or says what it would change, or puts parts of it back.
+func restoreInto(ctx context.Context, e *env, a *app.App, t tenant.Tenant, o restoreOptions) error {
 	in, identities, err := o.open(ctx, e)
 	if err != nil {
 		return err

@@ -180,7 +180,7 @@ type Backup struct {
 type Physical struct {
 	Engine  string `mapstructure:"engine"`  // files or pgbackrest
 	Dir     string `mapstructure:"dir"`     // of the repository
-	Scratch string `mapstructure:"scratch"` // where clusters are recovered; empty: the system's folder for temporary files
+	Scratch string `mapstructure:"scratch"` // where clusters are recovered; empty: .scratch in Dir
 	Stanza  string `mapstructure:"stanza"`  // pgBackRest's name of the cluster
 	Config  string `mapstructure:"config"`  // pgBackRest's file of settings
 }

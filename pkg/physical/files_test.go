@@ -26,7 +26,7 @@ func TestAMomentIsReachedBesideTheLiveCluster(t *testing.T) {
 
 	c, err := a.recover(physical.Target{Time: before})
 	require.NoError(t, err)
-	conn, err := pgx.Connect(t.Context(), c.SuperuserURL("postgres"))
+	conn, err := pgx.Connect(t.Context(), c.URL("postgres", "postgres"))
 	require.NoError(t, err)
 	var n int
 	require.NoError(t, conn.QueryRow(t.Context(), `select count(*) from deals`).Scan(&n))

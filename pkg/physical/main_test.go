@@ -78,5 +78,5 @@ func (a *archived) flush() {
 }
 
 func (a *archived) recover(target physical.Target) (*physical.Cluster, error) {
-	return physical.Recover(a.t.Context(), a.engine, physical.RecoverOptions{Dir: filepath.Join(a.dir, "scratch"), Target: target, Why: a.t.Name()})
+	return physical.Recover(a.t.Context(), a.engine, physical.RecoverOptions{Dir: filepath.Join(a.dir, "scratch"), Target: target, Role: "postgres", Database: "postgres", Why: a.t.Name()})
 }

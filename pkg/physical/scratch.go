@@ -28,8 +28,8 @@ type RecoverOptions struct {
 	// Dir is the folder in which a folder for the cluster is made.
 	Dir    string
 	Target Target
-	// Superuser is one of the cluster's; empty: postgres.
-	Superuser string
+	// Role and Database are how the cluster is asked how far it is: any of its own.
+	Role, Database string
 	// Only are the databases that are needed; none: all. Engines that cannot tell them apart bring all.
 	Only []string
 	// Why is for whoever finds the folder.
@@ -48,7 +48,7 @@ type Cluster struct {
 	Reached time.Time
 
 	dir, data, run string
-	superuser      string
+	role, database string
 	final          bool
 	process        *pgserver.Process
 	held           *os.File
@@ -92,10 +92,7 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 	if err != nil {
 		return nil, err
 	}
-	c = &Cluster{Target: o.Target, Backup: b, superuser: o.Superuser, final: o.Final != ""}
-	if c.superuser == "" {
-		c.superuser = "postgres"
-	}
+	c = &Cluster{Target: o.Target, Backup: b, role: o.Role, database: o.Database, final: o.Final != ""}
 	defer func() {
 		if err != nil {
 			_ = c.remove(context.WithoutCancel(ctx)) // the reason is told already; what stays is found by Leftovers
@@ -294,7 +291,7 @@ func (c *Cluster) replay(ctx context.Context, info Info, report func(Progress)) 
 func (c *Cluster) look(ctx context.Context) (recovering bool, p Progress, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	conn, err := pgx.Connect(ctx, c.URL(c.superuser, "postgres"))
+	conn, err := pgx.Connect(ctx, c.URL(c.role, c.database))
 	if err != nil {
 		return true, p, err
 	}
@@ -361,11 +358,11 @@ func (c *Cluster) URL(role, database string) string {
 	return u.String()
 }
 
-// SuperuserURL is the way of the cluster's superuser.
-func (c *Cluster) SuperuserURL(database string) string { return c.URL(c.superuser, database) }
-
 // Data is the data folder.
 func (c *Cluster) Data() string { return c.data }
+
+// Dir is the folder of what belongs to the cluster and goes with it, and of nobody else.
+func (c *Cluster) Dir() string { return c.dir }
 
 // Close stops the cluster and removes it, but for a final one's data folder.
 func (c *Cluster) Close(ctx context.Context) error {

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/oneo-crm/oneo/pkg/app"
+	"github.com/oneo-crm/oneo/pkg/archive"
+	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/pkg/transfer"
+)
+
+// returning is a tenant that is to be taken back to a moment.
+type returning struct {
+	slug string
+	live tenant.Tenant // zero: there is none any more
+	was  tenant.Tenant
+	past pastArchive
+}
+
+// restoreAt takes tenants back to a moment. They share one recovery, which ends before anything live is changed.
+func restoreAt(ctx context.Context, e *env, o restoreOptions) error {
+	switch {
+	case len(o.slugs) == 0:
+		return errUsage{fault.New(fault.Invalid, "say which tenant is to be taken back").WithCode("no_tenant").WithHint("add -t NAME")}
+	case len(o.slugs) > 1 && o.as != "":
+		return errUsage{fault.New(fault.Invalid, "--as makes one tenant of one")}
+	}
+	a, err := e.open()
+	if err != nil {
+		return err
+	}
+	todo := make([]*returning, len(o.slugs))
+	var groups []string
+	for i, slug := range o.slugs {
+		todo[i] = &returning{slug: slug}
+		t, err := tenantNamed(ctx, a, slug)
+		switch {
+		case err == nil:
+			todo[i].live = t
+			groups = append(groups, t.Group)
+		case !fault.Is(err, fault.NotFound):
+			return err
+		case o.diff || !o.parts.IsZero():
+			return err // they are about a tenant that is there
+		}
+	}
+	if err := remember(ctx, e, a, o, todo, groups); err != nil {
+		return err
+	}
+	defer func() {
+		for _, r := range todo {
+			if r.past.file != nil {
+				_ = r.past.file.Close()
+			}
+		}
+	}()
+	var errs []error
+	for _, r := range todo {
+		if err := putBack(ctx, e, a, o, r); err != nil {
+			if len(todo) == 1 || ctx.Err() != nil {
+				return err
+			}
+			f := fault.Of(err)
+			e.say("%s: %s", r.slug, f.Message)
+			errs = append(errs, err)
+		}
+	}
+	if len(errs) > 0 {
+		return fault.Wrap(errors.Join(errs...), fault.Unfit, "%d of %d tenants could not be taken back", len(errs), len(todo)).WithCode("tenants_failed")
+	}
+	return nil
+}
+
+// remember recovers the moment and writes the tenants, as they were then, into files of their own.
+func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []*returning, groups []string) (err error) {
+	past, err := o.at.recover(ctx, e, a, o.progress, "oneo restore -t "+strings.Join(o.slugs, " -t "), groups)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := past.Close(); err == nil {
+			err = cerr
+		}
+	}()
+	for _, r := range todo {
+		if r.was, err = tenantThen(ctx, past, r); err != nil {
+			return err
+		}
+		if r.past.file, err = os.CreateTemp(past.Clusters[0].Dir(), "*.oneo"); err != nil {
+			return fmt.Errorf("make a file for the tenant: %w", err)
+		}
+		m, err := newMeter(e, o.progress, "taken")
+		if err != nil {
+			return err
+		}
+		trailer, err := past.Transfers.Export(ctx, r.was, r.past.file, transfer.ExportOptions{Own: func(s archive.Structure) { r.past.custom = s.Sum() }, Progress: m.tell})
+		m.end()
+		if err != nil {
+			return err
+		}
+		e.say("%s had %s row(s) then", r.was.Slug, grouped(trailer.Rows()))
+		if err := r.past.rewind(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tenantThen is a tenant as it was: by its identity if it lives, otherwise by its name.
+func tenantThen(ctx context.Context, past *app.Past, r *returning) (t tenant.Tenant, err error) {
+	at := past.Clusters[0].Target
+	err = past.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		if r.live.ID != "" {
+			t, err = registry.ByID(ctx, tx, r.live.ID)
+		} else {
+			t, err = bySlug(ctx, tx, r.slug)
+		}
+		return err
+	})
+	switch {
+	case fault.Is(err, fault.NotFound) && r.live.ID != "":
+		return t, fault.New(fault.NotFound, "there was no tenant %s at %s: it began at %s", r.slug, at, r.live.CreatedAt.UTC().Format(time.RFC3339)).WithCode("before_tenant").WithTenant(r.slug)
+	case fault.Is(err, fault.NotFound):
+		return t, fault.New(fault.NotFound, "there is no tenant %s, and there was none at %s", r.slug, at).WithCode("unknown_tenant").WithHint("oneo tenant list")
+	case err != nil:
+		return t, err
+	case t.State == tenant.Purged:
+		return t, fault.New(fault.NotFound, "the tenant %s was purged already at %s", r.slug, at).WithCode("unknown_tenant").WithTenant(r.slug)
+	}
+	return t, nil
+}
+
+// putBack makes what a tenant was then of the tenant that lives.
+func putBack(ctx context.Context, e *env, a *app.App, o restoreOptions, r *returning) error {
+	o.past, o.slug = &r.past, r.slug
+	switch {
+	case o.as != "":
+		return tenantImport(ctx, e, o.importOptions)
+	case r.live.ID == "":
+		e.say("there is no tenant %s any more: it is made anew", r.slug)
+		return tenantImport(ctx, e, o.importOptions)
+	case r.live.State == tenant.Dropped && !o.diff && o.parts.IsZero():
+		e.say("tenant %s is dropped: it comes back first", r.slug)
+		t, err := a.Provision.Undrop(ctx, r.live.Slug, e.actor())
+		if err != nil {
+			return err
+		}
+		r.live = t
+	}
+	return restoreInto(ctx, e, a, r.live, o)
+}
