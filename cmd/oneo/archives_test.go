@@ -36,6 +36,14 @@ func newOffices(t *testing.T) *offices {
 	t.Helper()
 	c, second := newTwoServers(t)
 	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, c.env.AdminURL), "second": pgtest.Admin(t, second)}, keys: map[string]string{}}
+	o.open()
+	return o
+}
+
+// open makes the tenants, and serves them.
+func (o *offices) open() {
+	t, c := o.t, o.command
+	t.Helper()
 	_, err := demo.Seed(t.Context(), demo.Deps{
 		Tenant: func(ctx context.Context, slug tenant.Slug, name string) (tenant.Tenant, error) {
 			return c.env.Provision.Create(ctx, provision.CreateRequest{Slug: slug, Name: name, Actor: "test"})
@@ -52,7 +60,6 @@ func newOffices(t *testing.T) *offices {
 		_, o.keys[slug] = userKey(t, c.env, o.extra, slug, slug+"@agency.example")
 	}
 	o.served = serve(t, c.env, o.extra...)
-	return o
 }
 
 // oneo runs a command of the binary, and returns what it answers and what it tells.

@@ -145,7 +145,8 @@ func FindServant() (Servant, error) {
 
 // Own makes a folder that the Servant owns, and checks that it can get there.
 func (s Servant) Own(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	// Who is to get to the last folder gets through those before it.
+	if err := errors.Join(os.MkdirAll(filepath.Dir(dir), 0o755), os.MkdirAll(dir, 0o700)); err != nil {
 		return fmt.Errorf("make a data folder: %w", err)
 	}
 	if s.credential == nil {

@@ -15,6 +15,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/url"
 	"os"
 	"sync"
@@ -53,6 +54,7 @@ type cluster struct {
 	once   sync.Once
 	err    error
 	dir    string
+	more   map[string]string // settings besides those of all
 	pg     *devstack.Postgres
 	serial atomic.Int64
 }
@@ -92,19 +94,24 @@ func (c *cluster) start() error {
 }
 
 func (c *cluster) make() error {
-	dir, err := os.MkdirTemp("", "pgtest-")
-	if err != nil {
-		return err
+	if c.dir == "" {
+		dir, err := os.MkdirTemp("", "pgtest-")
+		if err != nil {
+			return err
+		}
+		c.dir = dir
 	}
-	c.dir = dir
-	if err := os.Chmod(dir, 0o755); err != nil { // the server's own user must get through
+	if err := os.Chmod(c.dir, 0o755); err != nil { // the server's own user must get through
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
+	set := maps.Clone(settings)
+	maps.Copy(set, c.more)
+	var err error
 	c.pg, err = devstack.StartPostgres(ctx, devstack.PostgresOptions{
-		Dir: dir, Fast: true, Trust: true,
-		Settings: settings,
+		Dir: c.dir, Fast: true, Trust: true,
+		Settings: set,
 	})
 	if err != nil {
 		return fmt.Errorf("start PostgreSQL: %w", err)
@@ -171,19 +178,34 @@ type Env struct {
 	Base      tenant.Host        // localhost
 
 	options postgres.Options
+	cluster *cluster
 }
 
 // New makes an installation; change adapts how it is opened. Everything is gone when the test ends.
 func New(t testing.TB, change ...func(*postgres.Options)) *Env {
 	t.Helper()
-	if err := shared.start(); err != nil {
+	return shared.env(t, change...)
+}
+
+// NewAlone makes an installation on a server of its own, with settings besides those of all. Its folder is dir, which PostgreSQL's user
+// can reach.
+func NewAlone(t testing.TB, dir string, settings map[string]string, change ...func(*postgres.Options)) *Env {
+	t.Helper()
+	c := &cluster{dir: dir, more: settings}
+	t.Cleanup(c.stop)
+	return c.env(t, change...)
+}
+
+func (c *cluster) env(t testing.TB, change ...func(*postgres.Options)) *Env {
+	t.Helper()
+	if err := c.start(); err != nil {
 		t.Fatalf("pgtest: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	env := &Env{Database: fmt.Sprintf("test_%d", shared.serial.Add(1)), Server: shared.pg}
-	env.AdminURL = shared.pg.URL(env.Database)
-	env.Group = shared.group(env.Database)
+	env := &Env{Database: fmt.Sprintf("test_%d", c.serial.Add(1)), Server: c.pg, cluster: c}
+	env.AdminURL = c.pg.URL(env.Database)
+	env.Group = c.group(env.Database)
 	env.clone(t, ctx)
 
 	env.options = options(env.Group)
@@ -227,7 +249,7 @@ func (env *Env) Open(t testing.TB, change ...func(*postgres.Options)) (*postgres
 func (env *Env) clone(t testing.TB, ctx context.Context) {
 	t.Helper()
 	t.Cleanup(func() { env.drop(t) })
-	admin := Admin(t, shared.pg.URL("postgres"))
+	admin := Admin(t, env.cluster.pg.URL("postgres"))
 	if _, err := admin.Exec(ctx, "create database "+postgres.Quote(env.Database)+" template "+templateDB); err != nil {
 		t.Fatalf("pgtest: clone the template: %v", err)
 	}
@@ -252,7 +274,7 @@ func (env *Env) clone(t testing.TB, ctx context.Context) {
 func (env *Env) drop(t testing.TB) {
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	admin, err := pgx.Connect(ctx, shared.pg.URL("postgres"))
+	admin, err := pgx.Connect(ctx, env.cluster.pg.URL("postgres"))
 	if err != nil {
 		t.Logf("pgtest: leave %s behind: %v", env.Database, err)
 		return
@@ -324,14 +346,14 @@ func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	name := fmt.Sprintf("test_%d", shared.serial.Add(1))
-	g := shared.group(name)
+	name := fmt.Sprintf("test_%d", env.cluster.serial.Add(1))
+	g := env.cluster.group(name)
 	inst, err := env.DB.Installation(ctx, postgres.MainGroup)
 	if err != nil {
 		t.Fatalf("pgtest: %v", err)
 	}
 	_, err = postgres.Setup(ctx, postgres.SetupOptions{
-		AdminURL: shared.pg.URL(name), Group: g, AppRole: appRole, OwnerRole: ownerRole, Secret: Secret, Logins: Logins, ID: inst.ID, KeepRoles: true,
+		AdminURL: env.cluster.pg.URL(name), Group: g, AppRole: appRole, OwnerRole: ownerRole, Secret: Secret, Logins: Logins, ID: inst.ID, KeepRoles: true,
 	})
 	if err != nil {
 		t.Fatalf("pgtest: set up a second group: %v", err)
@@ -339,7 +361,7 @@ func (env *Env) SecondGroup(t testing.TB) postgres.Group {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), Patience)
 		defer cancel()
-		c, err := pgx.Connect(ctx, shared.pg.URL("postgres"))
+		c, err := pgx.Connect(ctx, env.cluster.pg.URL("postgres"))
 		if err != nil {
 			t.Logf("pgtest: leave %s behind: %v", name, err)
 			return

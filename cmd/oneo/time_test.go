@@ -1,0 +1,98 @@
+package main
+
+import (
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/stretchr/testify/require"
+
+	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/physical"
+)
+
+// newArchivedOffices are the demonstration's tenants on a server that archives its WAL, with a physical backup behind them.
+func newArchivedOffices(t *testing.T, engine string) *offices {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "oneo-time-")
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	repo := filepath.Join(dir, "physical")
+	files, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main")})
+	require.NoError(t, err)
+	plan, err := files.Plan(t.Context())
+	require.NoError(t, err)
+	plan.Settings["archive_timeout"] = "0"
+	env := pgtest.NewAlone(t, dir, plan.Settings)
+	c := command{t: t, env: env, environ: append(slices.Clone(patience), []string{
+		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
+		"ONEO_BACKUP_PHYSICAL_ENGINE=" + engine, "ONEO_BACKUP_PHYSICAL_DIR=" + repo,
+	}...)}
+	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, env.AdminURL)}, keys: map[string]string{}}
+	o.open()
+	_, err = o.at["main"].Exec(t.Context(), `alter role oneo_owner replication; grant execute on function pg_create_restore_point(text), pg_switch_wal() to oneo_owner`)
+	require.NoError(t, err)
+	mine, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main"), URL: env.Group.OwnerURL})
+	require.NoError(t, err)
+	require.NoError(t, mine.Prepare(t.Context()))
+	_, err = mine.Create(t.Context(), physical.CreateOptions{})
+	require.NoError(t, err)
+	return o
+}
+
+// Somebody deletes all deals of one tenant; the operator looks at the difference, brings them back to the second before while the
+// others work, and undoes it again.
+func TestTheSecondBeforeTheDeletion(t *testing.T) {
+	t.Parallel()
+	for _, engine := range []string{"files"} {
+		t.Run(engine, func(t *testing.T) {
+			t.Parallel()
+			o := newArchivedOffices(t, engine)
+			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
+			east, west := o.rows("main", "east"), o.rows("main", "west")
+			var at string
+			require.NoError(t, o.at["main"].QueryRow(t.Context(), `select to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD HH24:MI:SS.US+00') from pg_sleep(0.01)`).Scan(&at))
+			time.Sleep(10 * time.Millisecond)
+			o.oneo(0, "sql", "-t", "east", "--write", "--yes", `delete from records where pipeline_id in (select id from pipelines where key = 'opportunities')`)
+			o.requireWon("east", o.keys["east"], http.StatusOK, 0)
+			deleted := o.rows("main", "east")
+
+			// The others work all the while.
+			stop, failures := make(chan struct{}), map[int]int{}
+			var working sync.WaitGroup
+			working.Go(func() {
+				path := "/api/v1/pipelines/opportunities/records?limit=1&count=exact&filter=" + url.QueryEscape(`stage = "Won"`)
+				for {
+					select {
+					case <-stop:
+						return
+					case <-time.After(20 * time.Millisecond):
+					}
+					if status, _ := o.served.do(t, "GET", "west.localhost", path, o.keys["west"], ""); status != http.StatusOK {
+						failures[status]++
+					}
+				}
+			})
+			answer, story := o.oneo(0, "restore", "-t", "east", "--at", at, "--diff", "-o", "json")
+			require.Regexp(t, `"added": 2291,\s+"changed": 0,\s+"removed": 0,\s+"same": 97,\s+"table": "records"`, answer)
+			require.Contains(t, story, "recovered from the physical backup")
+			require.Equal(t, deleted, o.rows("main", "east"))
+			answer, story = o.oneo(0, "restore", "-t", "east", "--at", at, "--yes", "-o", "json")
+			require.Contains(t, story, "undo: oneo undo ")
+			require.Equal(t, east, o.rows("main", "east"))
+			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
+			o.oneo(0, "undo", field(t, answer, "operation"), "--yes")
+			require.Equal(t, deleted, o.rows("main", "east"))
+			close(stop)
+			working.Wait()
+			require.Empty(t, failures)
+			require.Equal(t, west, o.rows("main", "west"))
+		})
+	}
+}
