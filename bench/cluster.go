@@ -195,10 +195,17 @@ type process struct {
 	addr string
 	ops  string // of `oneo serve`
 	log  *os.File
+
+	answered int // requests that drive has sent
 }
 
 // serve starts `oneo serve` on a free port and waits until it answers.
 func (in *installation) serve(ctx context.Context, more ...string) (*process, error) {
+	return in.serveBy(ctx, in.b.binary, more...)
+}
+
+// serveBy is serve with a binary of another build.
+func (in *installation) serveBy(ctx context.Context, binary string, more ...string) (*process, error) {
 	addr, err := freeAddr()
 	if err != nil {
 		return nil, err
@@ -207,7 +214,7 @@ func (in *installation) serve(ctx context.Context, more ...string) (*process, er
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(in.b.binary, "serve")
+	cmd := exec.Command(binary, "serve")
 	cmd.Env = in.environment(append([]string{"ONEO_SERVER_ADDR=" + addr, "ONEO_SERVER_OPS_ADDR=" + ops, "ONEO_SERVER_PUBLIC_URL=http://localhost"}, more...)...)
 	p, err := start(ctx, cmd, addr, "http://"+ops+"/readyz", filepath.Join(in.b.dir, "serve.log"))
 	if err != nil {
@@ -257,17 +264,23 @@ func (p *process) stop() {
 
 // residentMB is the resident memory of the process.
 func (p *process) residentMB() float64 {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	mb, _ := memoryOf(p.cmd.Process.Pid, "VmRSS:")
+	return mb
+}
+
+// memoryOf is a line of what the kernel tells of a process, in MB: VmRSS: is what it holds, VmHWM: the most that it ever did.
+func memoryOf(pid int, of string) (float64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return 0
+		return 0, err
 	}
 	for _, line := range strings.Split(string(text), "\n") {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kb, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-			return kb / 1024
+		if rest, ok := strings.CutPrefix(line, of); ok {
+			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+			return kb / 1024, err
 		}
 	}
-	return 0
+	return 0, fmt.Errorf("the kernel does not tell %s of process %d", of, pid)
 }
 
 // backends is the number and the private memory of the backends that work for a database.

@@ -11,6 +11,7 @@ require (
 	github.com/oneo-crm/oneo v0.0.0
 	github.com/pressly/goose/v3 v3.30.0
 	golang.org/x/sync v0.25.0
+	google.golang.org/protobuf v1.36.12
 )
 
 require (
@@ -63,7 +64,6 @@ require (
 	golang.org/x/net v0.62.0 // indirect
 	golang.org/x/sys v0.50.0 // indirect
 	golang.org/x/text v0.44.0 // indirect
-	google.golang.org/protobuf v1.36.12 // indirect
 )
 
 replace github.com/oneo-crm/oneo => ../

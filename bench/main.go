@@ -20,7 +20,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "create,claim,read,metrics,neighbours,fleet,archives", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ",")+", archives is "+strings.Join(archiveParts, ","))
+	only := flag.String("only", "create,claim,read,metrics,neighbours,fleet,archives", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ",")+", archives is "+strings.Join(archiveParts, ",")+"; tracing and dashboard are measured only when they are named, and share their tenants with metrics")
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
@@ -56,7 +56,7 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 			only = append(only, fleetParts...)
 		} else if part == "archives" {
 			only = append(only, archiveParts...)
-		} else if !slices.Contains(slices.Concat([]string{"create", "claim", "read", "metrics", "neighbours"}, fleetParts, archiveParts), part) {
+		} else if !slices.Contains(slices.Concat([]string{"create", "claim", "read", "neighbours"}, sightParts, fleetParts, archiveParts), part) {
 			return fmt.Errorf("-only: there is no %q", part)
 		}
 	}
@@ -73,10 +73,8 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 		return err
 	}
 	b := &bench{dir: dir, jobs: jobs, binary: filepath.Join(dir, "oneo"), duration: d, ways: matching, out: os.Stdout}
-	build := exec.CommandContext(ctx, "go", "build", "-tags", "nomsgpack", "-trimpath", "-o", b.binary, "./cmd/oneo")
-	build.Dir = ".."
-	if text, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build: %w: %s", err, text)
+	if err := build(ctx, b.binary, "nomsgpack"); err != nil {
+		return err
 	}
 	b.pg, err = devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: dir, Settings: map[string]string{
 		"shared_buffers": "2GB", "max_connections": "200", "max_locks_per_transaction": "256", "max_wal_size": "8GB",
@@ -107,8 +105,8 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 			return err
 		}
 	}
-	if slices.Contains(only, "metrics") {
-		if err := b.metrics(ctx, few, many); err != nil {
+	if slices.ContainsFunc(only, func(part string) bool { return slices.Contains(sightParts, part) }) {
+		if err := b.sight(ctx, only, few, many); err != nil {
 			return err
 		}
 	}
@@ -124,6 +122,16 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 	}
 	if slices.ContainsFunc(only, func(part string) bool { return slices.Contains(archiveParts, part) }) {
 		return b.archives(ctx, only, fleet, many)
+	}
+	return nil
+}
+
+// build makes the binary with build tags.
+func build(ctx context.Context, binary, tags string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-tags", tags, "-trimpath", "-o", binary, "./cmd/oneo")
+	cmd.Dir = ".."
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build: %w: %s", err, text)
 	}
 	return nil
 }

@@ -84,12 +84,24 @@ func (in *installation) drive(ctx context.Context, p *process, zipf bool, d time
 	if g := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindStringSubmatch(text); g != nil {
 		m.perSecond, _ = strconv.ParseFloat(g[1], 64)
 	}
+	if g := regexp.MustCompile(`(\d+) requests in`).FindStringSubmatch(text); g != nil {
+		n, _ := strconv.Atoi(g[1])
+		p.answered += n
+	}
 	if g := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)`).FindStringSubmatch(text); g != nil {
 		m.p99 = g[1]
 	}
 	m.serverMB = p.residentMB()
 	m.backends, m.privateMB, err = in.backends(ctx)
 	return m, err
+}
+
+// warm is how long a server is driven before it is measured.
+func (in *installation) warm() time.Duration {
+	if len(in.slugs) > 1000 { // until each backend has seen each tenant of its sub-pool several times
+		return time.Minute
+	}
+	return 4 * time.Second
 }
 
 // zipfDraws draws tenants by rank with a weight of 1/rank^s; ranks are spread over the tenants at random.
@@ -138,17 +150,13 @@ func (in *installation) read(ctx context.Context, contenders []contender) error 
 	if len(contenders) == 1 {
 		return nil
 	}
-	warm := 4 * time.Second
-	if n > 1000 { // until each backend has seen each tenant of its sub-pool several times
-		warm = time.Minute
-	}
 	turn := max(2*time.Second, in.b.duration/rounds)
 	start := func(c contender) (*process, measured, error) {
 		p, err := c.run(ctx)
 		if err != nil {
 			return nil, measured{}, fmt.Errorf("%s: %w", c.name, err)
 		}
-		m, err := in.drive(ctx, p, c.zipf, warm)
+		m, err := in.drive(ctx, p, c.zipf, in.warm())
 		if err != nil {
 			p.stop()
 			return nil, m, fmt.Errorf("%s: %w", c.name, err)
