@@ -52,25 +52,29 @@ func (in *installation) tracing(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	told := make([]string, len(rows)) // spans a request
+	for i, r := range rows {
+		p := servers[i]
+		servers[i] = nil
+		p.stop() // sends what it holds
+		if r.to == nil {
+			told[i] = "0"
+			continue
+		}
+		if bad := r.to.bad.Load(); bad != nil {
+			return fmt.Errorf("tracing %s: the collector could not read what it got: %w", r.name, *bad)
+		}
+		if r.to.spans.Load() == 0 {
+			return fmt.Errorf("tracing %s: the collector got no span", r.name)
+		}
+		told[i] = fmt.Sprintf("%.3f", float64(r.to.spans.Load())/float64(p.answered))
+	}
 	b := in.b
 	b.printf("### Traces, %d tenants\n", len(in.slugs))
 	b.printf("The served read of a record by id (16 connections, wrk), by a binary with OpenTelemetry, in turns; the collector is on the same cores.\n")
 	b.printf("| traced | requests/s | of off | p99 | server MB | spans a request |\n| --- | --- | --- | --- | --- | --- |")
 	for i, r := range rows {
-		spans := "0"
-		if r.to != nil {
-			p := servers[i]
-			servers[i] = nil
-			p.stop() // sends what it holds
-			if bad := r.to.bad.Load(); bad != nil {
-				return fmt.Errorf("tracing %s: the collector could not read what it got: %w", r.name, *bad)
-			}
-			if r.to.spans.Load() == 0 {
-				return fmt.Errorf("tracing %s: the collector got no span", r.name)
-			}
-			spans = fmt.Sprintf("%.3f", float64(r.to.spans.Load())/float64(p.answered))
-		}
-		b.printf("| %s | %.0f | **%.2f** | %s | %.0f | %s |", r.name, got[i].perSecond, got[i].ratio, got[i].p99, got[i].serverMB, spans)
+		b.printf("| %s | %.0f | **%.2f** | %s | %.0f | %s |", r.name, got[i].perSecond, got[i].ratio, got[i].p99, got[i].serverMB, told[i])
 	}
 	b.printf("")
 	b.goal(got[1].ratio >= leastOfOff, fmt.Sprintf("as by default at least %.2f of off", leastOfOff), fmt.Sprintf("%.3f", got[1].ratio))
