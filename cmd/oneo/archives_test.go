@@ -30,6 +30,8 @@ type offices struct {
 	at     map[string]*pgx.Conn // the database of each group
 	served *served
 	keys   map[string]string // of a user of each tenant
+	// scratch is where clusters are recovered, where there are physical backups.
+	scratch string
 }
 
 func newOffices(t *testing.T) *offices {

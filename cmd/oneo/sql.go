@@ -42,6 +42,8 @@ type sqlOptions struct {
 	shared   bool
 	limit    int
 	maxRows  int
+	at       atOptions
+	keep     time.Duration
 	askOptions
 }
 
@@ -63,17 +65,28 @@ The run is stored with the statement's text, and with counts of rows, never with
 ` + "`oneo migrate run`" + `. In csv, null is an empty field and an empty string is "". Times are in UTC.
 
 With --shared the statement runs once, in the shared schema and with the rights of the app role: reading
-is the default there too, and its result has no tenant in front. It is no run; the audit trail has it.`,
+is the default there too, and its result has no tenant in front. It is no run; the audit trail has it.
+
+With --at the statement reads the past: the tenants as they were at that moment, on a cluster that is recovered from
+physical backups for it alone. --keep leaves that cluster for an hour, or for as long as it says: until then
+statements and restores to the very same moment are answered at once. It is removed by itself.`,
 		Example: `  oneo sql --all-tenants 'select count(*) as users from users'
   oneo sql -t 'shop-*' -o csv 'select id, email from users where disabled_at is null' > users.csv
   oneo sql --all-tenants --rehearse "update users set email = lower(email) where email <> lower(email)"
   oneo sql --all-tenants --write --canary 3 -f mend.sql
+  oneo sql -t acme --at '2026-08-01 14:03+02' --keep 'select count(*) from records'
   oneo sql --shared 'select state, count(*) from tenants group by state'`,
 		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			statement, err := o.statement(e, args)
 			if err != nil {
 				return err
+			}
+			if o.at.given() {
+				return runSQLAt(cmd.Context(), e, o, statement)
+			}
+			if o.keep != 0 {
+				return errUsage{fault.New(fault.Invalid, "--keep goes with --at")}
 			}
 			return runSQL(cmd.Context(), e, o, statement)
 		},
@@ -86,6 +99,9 @@ is the default there too, and its result has no tenant in front. It is no run; t
 	f.BoolVar(&o.rehearse, "rehearse", false, "change rows, count them and roll back")
 	f.IntVar(&o.limit, "limit", 1000, "show so many rows of each tenant; 0: all")
 	f.IntVar(&o.maxRows, "max-rows", 100_000, "show so many rows in all; 0: all")
+	o.at.register(f)
+	f.DurationVar(&o.keep, "keep", 0, "with --at: leave the recovered cluster for so long")
+	f.Lookup("keep").NoOptDefVal = "1h"
 	timeout := f.Lookup("timeout")
 	must(timeout.Value.Set("30s"))
 	timeout.DefValue, timeout.Usage = "30s", "end the statement of a tenant after so long; 0: no bound"

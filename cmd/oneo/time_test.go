@@ -34,7 +34,7 @@ func newArchivedOffices(t *testing.T, engine string) *offices {
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
 		"ONEO_BACKUP_PHYSICAL_ENGINE=" + engine, "ONEO_BACKUP_PHYSICAL_DIR=" + repo,
 	}...)}
-	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, env.AdminURL)}, keys: map[string]string{}}
+	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, env.AdminURL)}, keys: map[string]string{}, scratch: filepath.Join(repo, ".scratch")}
 	o.open()
 	_, err = o.at["main"].Exec(t.Context(), `alter role oneo_owner replication; grant execute on function pg_create_restore_point(text), pg_switch_wal() to oneo_owner`)
 	require.NoError(t, err)
@@ -55,13 +55,18 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 			t.Parallel()
 			o := newArchivedOffices(t, engine)
 			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
-			east, west := o.rows("main", "east"), o.rows("main", "west")
+			rows := func(slug string) map[string]string {
+				sums := o.rows("main", slug)
+				delete(sums, "api_keys") // says when each was used
+				return sums
+			}
+			east, west := rows("east"), rows("west")
 			var at string
 			require.NoError(t, o.at["main"].QueryRow(t.Context(), `select to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD HH24:MI:SS.US+00') from pg_sleep(0.01)`).Scan(&at))
 			time.Sleep(10 * time.Millisecond)
 			o.oneo(0, "sql", "-t", "east", "--write", "--yes", `delete from records where pipeline_id in (select id from pipelines where key = 'opportunities')`)
 			o.requireWon("east", o.keys["east"], http.StatusOK, 0)
-			deleted := o.rows("main", "east")
+			deleted := rows("east")
 
 			// The others work all the while.
 			stop, failures := make(chan struct{}), map[int]int{}
@@ -79,20 +84,33 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 					}
 				}
 			})
-			answer, story := o.oneo(0, "restore", "-t", "east", "--at", at, "--diff", "-o", "json")
+			// The past is read, and kept for what follows.
+			const count = "select count(*)::int as n from records"
+			answer, story := o.oneo(0, "sql", "-t", "east", "--at", at, "--keep=30s", "-o", "json", count)
+			require.Regexp(t, `"n":2388`, answer)
+			scratch, err := os.ReadDir(o.scratch)
+			require.NoError(t, err)
+			require.Len(t, scratch, 1)
+			answer, _ = o.oneo(0, "sql", "-t", "east", "-o", "json", count)
+			require.Regexp(t, `"n":97`, answer)
+			answer, story = o.oneo(0, "restore", "-t", "east", "--at", at, "--diff", "-o", "json")
 			require.Regexp(t, `"added": 2291,\s+"changed": 0,\s+"removed": 0,\s+"same": 97,\s+"table": "records"`, answer)
 			require.Contains(t, story, "recovered from the physical backup")
-			require.Equal(t, deleted, o.rows("main", "east"))
+			require.Equal(t, deleted, rows("east"))
 			answer, story = o.oneo(0, "restore", "-t", "east", "--at", at, "--yes", "-o", "json")
 			require.Contains(t, story, "undo: oneo undo ")
-			require.Equal(t, east, o.rows("main", "east"))
+			require.Equal(t, east, rows("east"))
 			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
 			o.oneo(0, "undo", field(t, answer, "operation"), "--yes")
-			require.Equal(t, deleted, o.rows("main", "east"))
+			require.Equal(t, deleted, rows("east"))
 			close(stop)
 			working.Wait()
+			require.Eventually(t, func() bool {
+				scratch, err := os.ReadDir(o.scratch)
+				return err == nil && len(scratch) == 0
+			}, pgtest.Patience, 50*time.Millisecond, "what was kept is removed by itself")
 			require.Empty(t, failures)
-			require.Equal(t, west, o.rows("main", "west"))
+			require.Equal(t, west, rows("west"))
 		})
 	}
 }

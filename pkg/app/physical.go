@@ -125,6 +125,7 @@ func (k Cluster) Flush(ctx context.Context) error {
 type Past struct {
 	*App
 	Clusters []*physical.Cluster
+	names    []string // of Clusters
 }
 
 // PastOptions say what is recovered of an installation.
@@ -162,21 +163,16 @@ func (a *App) Recover(ctx context.Context, o PastOptions) (p *Past, err error) {
 		if !needed {
 			continue
 		}
-		if err := k.Flush(ctx); err != nil {
-			if !fault.Is(err, fault.Unavailable) || ctx.Err() != nil {
-				return p, err
-			}
-			// That may be why it is to be recovered.
-			o.Say("%s: what it has not archived yet is missing", fault.Of(err).Message)
-		}
-		r, err := physical.Recover(ctx, k.Engine, physical.RecoverOptions{
-			Dir: a.ScratchDir(), Target: o.Target, Role: k.role, Database: k.database, Only: databasesOf(k, groups), Why: o.Why,
-			Report: func(p physical.Progress) { o.Report(k.Name, p) },
-		})
+		r, err := physical.Attach(a.ScratchDir(), k.Name, o.Target)
 		if err != nil {
 			return p, err
 		}
-		p.Clusters = append(p.Clusters, r)
+		if r == nil {
+			if r, err = a.recoverCluster(ctx, k, o, groups); err != nil {
+				return p, err
+			}
+		}
+		p.Clusters, p.names = append(p.Clusters, r), append(p.names, k.Name)
 		for _, name := range k.Groups {
 			if g, ok := moved(groups[name], r); !ok {
 				return p, fault.New(fault.Invalid, "the connection URL of group %s cannot be read", name).WithCode("bad_url")
@@ -194,6 +190,21 @@ func (a *App) Recover(ctx context.Context, o PastOptions) (p *Past, err error) {
 		return p, err
 	}
 	return p, nil
+}
+
+// recoverCluster recovers one cluster, with everything that was committed until now.
+func (a *App) recoverCluster(ctx context.Context, k Cluster, o PastOptions, groups map[string]config.Group) (*physical.Cluster, error) {
+	if err := k.Flush(ctx); err != nil {
+		if !fault.Is(err, fault.Unavailable) || ctx.Err() != nil {
+			return nil, err
+		}
+		// That may be why it is to be recovered.
+		o.Say("%s: what it has not archived yet is missing", fault.Of(err).Message)
+	}
+	return physical.Recover(ctx, k.Engine, physical.RecoverOptions{
+		Dir: a.ScratchDir(), Target: o.Target, Role: k.role, Database: k.database, Only: databasesOf(k, groups), Why: o.Why,
+		Report: func(p physical.Progress) { o.Report(k.Name, p) },
+	})
 }
 
 // databasesOf are those of a cluster's groups.
@@ -219,6 +230,26 @@ func moved(g config.Group, c *physical.Cluster) (to config.Group, ok bool) {
 		*m.to = c.URL(u.User, u.Database)
 	}
 	return to, true
+}
+
+// Keep offers the past to other processes for a while, and returns when nobody reads it any more behind that time, or the context ends.
+func (p *Past) Keep(ctx context.Context, d time.Duration, ready func()) error {
+	until := time.Now().Add(d)
+	for i, c := range p.Clusters {
+		if err := c.Keep(p.names[i], until); err != nil {
+			return err
+		}
+	}
+	ready()
+	if !wait(ctx, d) {
+		return ctx.Err()
+	}
+	for _, c := range p.Clusters {
+		if err := c.Unused(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close takes the past apart: its servers end and their folders go.

@@ -52,7 +52,8 @@ type Cluster struct {
 	final          bool
 	process        *pgserver.Process
 	held           *os.File
-	auto           []byte // postgresql.auto.conf as it was fetched
+	auto           []byte   // postgresql.auto.conf as it was fetched
+	use            *os.File // of another process's cluster, that this one reads
 }
 
 // about is what a scratch cluster's folder says of itself.
@@ -61,11 +62,13 @@ type about struct {
 	Target string    `json:"target"`
 	Made   time.Time `json:"made"`
 	Pid    int       `json:"pid"` // of the oneo that made it
+	Kept   *kept     `json:"kept,omitempty"`
 }
 
 const (
-	aboutFile  = "scratch.json"
-	socketPort = 5432 // a part of the socket's name: nothing listens on a network
+	aboutFile     = "scratch.json"
+	scratchPrefix = "scratch-"
+	socketPort    = 5432 // a part of the socket's name: nothing listens on a network
 	// spare is what must be left free on the disk besides the cluster itself.
 	spare = 256 << 20
 )
@@ -131,7 +134,7 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 	if err := s.Own(o.Dir); err != nil {
 		return err
 	}
-	c.dir = filepath.Join(o.Dir, "scratch-"+uuid.NewString()[:8])
+	c.dir = filepath.Join(o.Dir, scratchPrefix+uuid.NewString()[:8])
 	c.run = filepath.Join(c.dir, "run")
 	if len(c.run) > 80 { // a socket's path may have 107 bytes
 		var err error
@@ -366,6 +369,9 @@ func (c *Cluster) Dir() string { return c.dir }
 
 // Close stops the cluster and removes it, but for a final one's data folder.
 func (c *Cluster) Close(ctx context.Context) error {
+	if c.use != nil {
+		return c.use.Close()
+	}
 	if c.final {
 		if err := c.process.Stop(ctx, 5*time.Minute, syscall.SIGINT); err != nil {
 			return err
@@ -417,7 +423,7 @@ func Leftovers(dir string) (found []Leftover, err error) {
 		return nil, err
 	}
 	for _, e := range entries {
-		if !e.IsDir() || !strings.HasPrefix(e.Name(), "scratch-") {
+		if !e.IsDir() || !strings.HasPrefix(e.Name(), scratchPrefix) {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
