@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"sync"
@@ -155,9 +154,4 @@ func (m *phases) end() {
 type pastArchive struct {
 	file   *os.File
 	custom string // the sum of what the tenant has beyond its migrations
-}
-
-func (p *pastArchive) rewind() error {
-	_, err := p.file.Seek(0, io.SeekStart)
-	return err
 }

@@ -244,6 +244,8 @@ type backupDrillOptions struct {
 	selector selector
 	sample   int
 	dryRun   bool
+	physical bool
+	at       atOptions
 }
 
 func newBackupDrillCmd(e *env) *cobra.Command {
@@ -257,13 +259,19 @@ The newest backup is the one whose rows are the youngest: one of the tenant's ow
 that is younger than all of its own. One that says that it is of the future counts only where there is no other.
 
 The last restore that was proved of each tenant is remembered; --dry-run shows it for all that are
-selected, beside their newest backups. A tenant without a backup has failed.`,
-		Example: "  oneo backup drill --all-tenants\n  oneo backup drill -t acme\n  oneo backup drill --all-tenants --dry-run",
+selected, beside their newest backups. A tenant without a backup has failed.
+
+With --physical a moment is recovered instead, any one that physical backups and archived WAL reach, or that of --at, on a
+cluster of its own; some of the tenants of then are taken from it as ` + "`oneo restore --at`" + ` takes them, and restored and
+compared in that cluster, which is then removed. What is live has no part in it but for its disks.`,
+		Example: "  oneo backup drill --physical\n  oneo backup drill --all-tenants\n  oneo backup drill -t acme\n  oneo backup drill --all-tenants --dry-run",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return backupDrill(cmd.Context(), e, o) },
 	}
 	f := cmd.Flags()
 	o.selector.bind(cmd, e)
+	f.BoolVar(&o.physical, "physical", false, "prove that a moment can be recovered, and tenants be taken from it")
+	o.at.register(f)
 	f.IntVar(&o.sample, "sample", 5, "so many of the tenants; 0: all of them")
 	f.BoolVar(&o.dryRun, "dry-run", false, "show the newest backup and the last proof of each tenant, and restore none")
 	o.bind(cmd)
@@ -320,6 +328,12 @@ var provableColumns = []column[provable]{
 func backupDrill(ctx context.Context, e *env, o backupDrillOptions) error {
 	if o.sample < 0 {
 		return errUsage{fault.New(fault.Invalid, "--sample must not be below 0")}
+	}
+	if o.physical {
+		return drillPhysical(ctx, e, o)
+	}
+	if o.at.given() {
+		return errUsage{fault.New(fault.Invalid, "--at goes with --physical: a backup has its own moment")}
 	}
 	if _, err := o.selector.filter(); err != nil {
 		return err

@@ -3,18 +3,14 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/app"
-	"github.com/oneo-crm/oneo/pkg/archive"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
-	"github.com/oneo-crm/oneo/pkg/transfer"
 )
 
 // returning is a tenant that is to be taken back to a moment.
@@ -94,22 +90,17 @@ func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []
 		if r.was, err = tenantThen(ctx, past, r); err != nil {
 			return err
 		}
-		if r.past.file, err = os.CreateTemp(past.Clusters[0].Dir(), "*.oneo"); err != nil {
-			return fmt.Errorf("make a file for the tenant: %w", err)
-		}
 		m, err := newMeter(e, o.progress, "taken")
 		if err != nil {
 			return err
 		}
-		trailer, err := past.Transfers.Export(ctx, r.was, r.past.file, transfer.ExportOptions{Own: func(s archive.Structure) { r.past.custom = s.Sum() }, Progress: m.tell})
+		var rows int64
+		r.past.file, r.past.custom, rows, err = past.Remember(ctx, r.was, m.tell)
 		m.end()
 		if err != nil {
 			return err
 		}
-		e.say("%s had %s row(s) then", r.was.Slug, grouped(trailer.Rows()))
-		if err := r.past.rewind(); err != nil {
-			return err
-		}
+		e.say("%s had %s row(s) then", r.was.Slug, grouped(rows))
 	}
 	return nil
 }

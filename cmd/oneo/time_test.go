@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -103,6 +104,10 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
 			o.oneo(0, "undo", field(t, answer, "operation"), "--yes")
 			require.Equal(t, deleted, rows("east"))
+			// Any moment, and all tenants of it.
+			answer, story = o.oneo(0, "backup", "drill", "--physical", "--sample", "2", "-o", "json")
+			require.Equal(t, 2, strings.Count(answer, `"status": "ok"`), answer)
+			require.Contains(t, story, "2 tenant(s)")
 			close(stop)
 			working.Wait()
 			require.Eventually(t, func() bool {
