@@ -27,7 +27,7 @@ func newCancelCmd(e *env) *cobra.Command {
 tenant at this moment: it holds that tenant's gate, or its operation lock. Who waits for the statement gets an error,
 and its transaction is rolled back.
 
-The owner's login must be allowed to: grant pg_signal_backend to it.`,
+The owner's login must be allowed to, by pg_signal_backend: oneo init grants it.`,
 		Example: "  oneo cancel 4711 -t acme\n  oneo cancel 4711 -t acme --terminate",
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -80,7 +80,7 @@ func runCancel(ctx context.Context, e *env, pid int32, o cancelOptions) error {
 			WithHint("it may have ended: oneo tui lists what is at work: :queries")
 	case postgres.SQLState(err) == "42501":
 		return fault.Wrap(err, fault.Forbidden, "PostgreSQL does not let the owner's login signal other sessions").WithCode("no_signal").
-			WithHint("as an administrator: grant pg_signal_backend to the login of database.owner_url")
+			WithHint("run `oneo init` with a superuser's URL, or as a superuser: grant pg_signal_backend to the login of database.owner_url")
 	case err != nil:
 		return err
 	}

@@ -46,8 +46,8 @@ func next[T any](t *testing.T, c <-chan T, ended <-chan error) (got T) {
 // TestWhatATenantsSessionDoesIsSeenAndCancelled looks at a statement of a tenant's and one that waits for it, and cancels by
 // the tenant that it is for.
 func TestWhatATenantsSessionDoesIsSeenAndCancelled(t *testing.T) {
-	t.Parallel()
 	env := pgtest.New(t, func(o *postgres.Options) { o.MaxConns, o.InFlight, o.StatementTimeout = 16, 4, time.Hour })
+	env.Blind(t)
 	acme, beta := env.Tenant(t, "acme"), env.Tenant(t, "beta")
 	source := sourceOf(t, env)
 	ctx := t.Context()

@@ -25,7 +25,7 @@ type inspectOptions struct {
 	text     bool
 }
 
-const hiddenHint = "run `grant pg_read_all_stats to oneo_owner` (the owner's role) as a superuser"
+const hiddenHint = "run `oneo init` with a superuser's URL, or `grant pg_read_all_stats to oneo_owner` (the owner's role) as a superuser"
 
 func newInspectCmd(e *env) *cobra.Command {
 	return noun("inspect", "What tenants cost PostgreSQL, and who is at work", `Ask PostgreSQL's own views, once for each database group: what each tenant's schema takes, which statements

@@ -26,6 +26,7 @@ var serverChecks = []Check{
 	{Name: "version", Group: PostgreSQL, About: "the server has the newest security fixes that this binary knows of", run: checkVersion},
 	{Name: "durability", Group: PostgreSQL, About: "what was committed survives a crash", run: checkDurability},
 	{Name: "logins", Group: PostgreSQL, About: "the app role and its logins may nothing but serve", run: checkLogins},
+	{Name: "sight", Group: PostgreSQL, About: "the owner sees what other sessions do, and may end them", run: checkSight},
 	{Name: "closed", Group: PostgreSQL, About: "public and ext are closed to tenants, and ext holds no tables", run: checkClosed},
 	{Name: "isolation-mode", Group: PostgreSQL, About: "which isolation is in force, and that the tenants were made for it", run: checkIsolationMode},
 	{Name: "direct-url", Group: PostgreSQL, About: "database.direct_url leads past any pooler", run: checkDirectURL},
@@ -167,6 +168,20 @@ from pg_catalog.unnest($1::text[]) n (name) left join pg_catalog.pg_roles r on r
 		}); err != nil {
 			return err
 		}
+		// PostgreSQL's own roles see, read or end what is others'; and whoever can become the owner may all.
+		const strong = `select m.rolname, pg_catalog.string_agg(distinct pg_catalog.quote_ident(g.rolname), ', ') from pg_catalog.pg_auth_members a join pg_catalog.pg_roles g on g.oid = a.roleid join pg_catalog.pg_roles m on m.oid = a.member
+where m.rolname = any($1) and g.rolname <> all($1) and g.rolname not like $2
+	and exists (select from pg_catalog.pg_roles s where (s.rolname like 'pg\_%' or s.rolname = current_user) and pg_catalog.pg_has_role(g.oid, s.oid, 'member')) group by 1 order by 1`
+		var of string
+		if rows, err = tx.Query(ctx, strong, names, ours(inst)); err != nil {
+			return err
+		}
+		if _, err := pgx.ForEachRow(rows, []any{&name, &of}, func() error {
+			r.found(Fail, group, "revoke "+of+" from "+postgres.Quote(name)+", as a superuser", "%s serves requests, and is a member of %s", name, of)
+			return nil
+		}); err != nil {
+			return err
+		}
 		if len(pathless) > 0 {
 			r.found(Warn, group, "oneo init", "a statement that forgets its tenant could find a table: the search path of %s is not empty", some(pathless))
 		}
@@ -181,6 +196,24 @@ from pg_catalog.unnest($1::text[]) n (name) left join pg_catalog.pg_roles r on r
 		r.ok("%d login(s)", len(inst.LoginNames()))
 		return nil
 	})
+	return nil
+}
+
+func checkSight(ctx context.Context, d *Doctor, r *report) error {
+	d.each(ctx, r, func(group string, tx *postgres.OwnerTx) error {
+		var owner string
+		var lacks []string
+		const ask = `select current_user::text, coalesce(pg_catalog.array_agg(r) filter (where not pg_catalog.pg_has_role(r, 'usage')), '{}') from pg_catalog.unnest($1::text[]) r`
+		if err := tx.QueryRow(ctx, ask, postgres.Sight).Scan(&owner, &lacks); err != nil {
+			return err
+		}
+		if len(lacks) > 0 {
+			r.found(Warn, group, postgres.SightGrant(lacks, owner)+", as a superuser; or oneo init",
+				"%s is no member of %s: of other sessions, and of where the data lie, oneo shows less than there is, or may not end them", owner, strings.Join(lacks, ", "))
+		}
+		return nil
+	})
+	r.ok("it does")
 	return nil
 }
 
@@ -522,7 +555,7 @@ where l.locktype = 'advisory' and l.classid = $2::int::oid and l.objsubid = 2 an
 			return err
 		}
 		if !sees {
-			r.ok("sessions of other roles are seen only where somebody waits for them: grant pg_read_all_stats to the owner to see all")
+			r.ok("sessions of other roles are seen only where somebody waits for them: see the check sight")
 		}
 		return nil
 	})
@@ -751,7 +784,7 @@ func checkDisk(ctx context.Context, d *Doctor, r *report) error {
 			unknown = "the server is on another machine: look there"
 			return nil
 		case dir == "":
-			unknown = "the server does not say where its data is: grant pg_read_all_settings to the owner"
+			unknown = "the server does not say where its data is: see the check sight"
 			return nil
 		}
 		of, err := diskOf(dir)

@@ -18,6 +18,7 @@ import (
 	"maps"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -302,6 +303,20 @@ func (env *Env) drop(t testing.TB) {
 			t.Logf("pgtest: leave role %s behind: %v", r, err)
 		}
 	}
+}
+
+// Blind takes from the owner, until the test ends, what shows it the sessions of others and lets it end them. That is of the
+// whole server: the test must not be parallel.
+func (env *Env) Blind(t testing.TB) {
+	t.Helper()
+	admin := Admin(t, env.AdminURL)
+	do := func(sql string) {
+		if _, err := admin.Exec(context.Background(), sql); err != nil {
+			t.Fatalf("pgtest: %s: %v", sql, err)
+		}
+	}
+	do("revoke " + strings.Join(postgres.Sight, ", ") + " from " + ownerRole)
+	t.Cleanup(func() { do(postgres.SightGrant(postgres.Sight, ownerRole)) })
 }
 
 // Tenant makes a tenant with all its migrations.

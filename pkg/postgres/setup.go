@@ -253,14 +253,57 @@ func (s *setup) roles(ctx context.Context, tx pgx.Tx, inst Installation, exec fu
 			}
 		}
 	}
-	if s.super {
-		return nil
+	if !s.super {
+		var self string
+		if err := tx.QueryRow(ctx, `select current_user::text`).Scan(&self); err != nil {
+			return err
+		}
+		if self != s.o.OwnerRole { // to hand objects over to the owner
+			if err := exec("grant " + Quote(s.o.OwnerRole) + " to current_user"); err != nil {
+				return err
+			}
+		}
 	}
-	var self string
-	if err := tx.QueryRow(ctx, `select current_user::text`).Scan(&self); err != nil || self == s.o.OwnerRole {
+	return s.sight(ctx, tx)
+}
+
+// Sight are PostgreSQL's own roles by which the owner sees what the sessions of other logins do and how the server is set,
+// and may end those sessions. No role that serves has any of them.
+var Sight = []string{"pg_read_all_stats", "pg_read_all_settings", "pg_signal_backend"}
+
+// SightGrant is the statement that gives a role those of them.
+func SightGrant(of []string, role string) string {
+	return "grant " + strings.Join(of, ", ") + " to " + Quote(role)
+}
+
+// sight gives the owner what it lacks of Sight. Where that is not ours to give, since PostgreSQL 16 wants the admin option
+// of each, nothing but the sight is missing: the story says what a superuser can do about it.
+func (s *setup) sight(ctx context.Context, tx pgx.Tx) error {
+	rows, err := tx.Query(ctx, `select r from pg_catalog.unnest($1::text[]) r where not pg_catalog.pg_has_role($2, r, 'usage')`, Sight, s.o.OwnerRole)
+	if err != nil {
 		return err
 	}
-	return exec("grant " + Quote(s.o.OwnerRole) + " to current_user") // to hand objects over to the owner
+	lacks, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	var refused []string
+	for _, role := range lacks {
+		err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, SightGrant([]string{role}, s.o.OwnerRole), pgx.QueryExecModeSimpleProtocol)
+			return err
+		})
+		switch {
+		case SQLState(err) == "42501":
+			refused = append(refused, role)
+		case err != nil:
+			return fmt.Errorf("set up %s: %w", s.database, err)
+		}
+	}
+	if len(refused) > 0 {
+		s.o.Logf("the owner sees little of other sessions and may not end them, which this administrator cannot give it: as a superuser, %s", SightGrant(refused, s.o.OwnerRole))
+	}
+	return nil
 }
 
 func (s *setup) rights(inst Installation) []string {

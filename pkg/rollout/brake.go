@@ -12,7 +12,7 @@ import (
 // Bounds are what a database may suffer before a run holds back. 0 switches one off.
 type Bounds struct {
 	LockWaits   int           // sessions, other than oneo's owner's, that wait for a lock
-	ReplicaLag  time.Duration // of the standby that is furthest behind; seen by members of pg_monitor only
+	ReplicaLag  time.Duration // of the standby that is furthest behind; seen by members of pg_read_all_stats only
 	Connections int           // in use, in percent of max_connections
 	Others      bool          // looks whether tenants are served from it: Yields
 }
@@ -149,7 +149,7 @@ func replicaLag(ctx context.Context, tx *postgres.OwnerTx, group string, bounds 
 		return fmt.Sprintf("a standby of group %s is %s behind", group, behind.Round(100*time.Millisecond)), nil
 	}
 	if hidden > 0 {
-		return "", errUnseen(fmt.Sprintf("PostgreSQL does not show how far %d standby(s) are behind: grant pg_monitor to the owner's role", hidden))
+		return "", errUnseen(fmt.Sprintf("PostgreSQL does not show how far %d standby(s) are behind: grant pg_read_all_stats to the owner's role", hidden))
 	}
 	return "", nil
 }

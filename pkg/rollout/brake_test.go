@@ -206,8 +206,8 @@ func standby(t *testing.T, env *pgtest.Env) *pgconn.PgConn {
 
 // A standby that the owner may not look at is told; one that may be seen and is behind holds.
 func TestBrakeLooksAtStandbys(t *testing.T) {
-	t.Parallel()
 	env := pgtest.New(t)
+	env.Blind(t)
 	ctx := t.Context()
 	bounds := rollout.Bounds{ReplicaLag: 20 * time.Millisecond}
 	hidden, err := rollout.New(rollout.Options{DB: env.DB, Logger: slog.New(slog.DiscardHandler)})

@@ -343,7 +343,7 @@ func sessionRow(s Session, now time.Time, values bool) row {
 func hidden(ss []Session) string {
 	for _, s := range ss {
 		if s.State == "" {
-			return "PostgreSQL hides what other logins' sessions do: grant pg_read_all_stats to the owner's login"
+			return "PostgreSQL hides what other logins' sessions do: grant pg_read_all_stats to the owner's login (oneo init does)"
 		}
 	}
 	return ""
