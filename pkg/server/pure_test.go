@@ -330,3 +330,37 @@ func TestLocalLimiterRefillsAndSaysWhen(t *testing.T) {
 	require.InDelta(t, (30 * time.Minute).Seconds(), d.RetryAfter.Seconds(), 5)
 	require.True(t, l.allow("b", r).Allowed, "another key has its own count")
 }
+
+// roomless are the routes that write and for which no tenant's room is asked.
+var roomless = []string{
+	// Who is in, and with what: a full tenant manages its people.
+	"POST /api/v1/auth/login", "POST /api/v1/auth/logout", "POST /api/v1/me/password",
+	"POST /api/v1/users", "PATCH /api/v1/users/:id", "POST /api/v1/users/:id/disable", "POST /api/v1/users/:id/enable",
+	"POST /api/v1/users/:id/set-password", "POST /api/v1/users/:id/revoke-sessions", "POST /api/v1/sessions/revoke",
+	"POST /api/v1/api-keys", "DELETE /api/v1/api-keys/:id",
+	"PATCH /api/v1/settings", // one row of the shared tables, of at most a body's size
+	// These give room back.
+	"DELETE /api/v1/pipelines/:pipeline", "DELETE /api/v1/pipelines/:pipeline/fields/:field", "DELETE /api/v1/pipelines/:pipeline/records/:id",
+	// The administration's are of no tenant's budget.
+	"POST /api/v1/admin/tenants", "DELETE /api/v1/admin/tenants/:slug", "POST /api/v1/admin/tenants/:slug/purge",
+	"POST /api/v1/admin/tenants/:slug/suspend", "POST /api/v1/admin/tenants/:slug/resume", "POST /api/v1/admin/tenants/:slug/undrop",
+	"POST /api/v1/admin/tenants/:slug/domains", "DELETE /api/v1/admin/tenants/:slug/domains/:host", "POST /api/v1/admin/tenants/:slug/domains/:host/primary",
+}
+
+// A route that writes says what it takes of its tenant's budget, or is known to take nothing: who adds a route must decide.
+func TestEveryRouteThatWritesSaysWhatItTakes(t *testing.T) {
+	got := []string{}
+	for _, rt := range new(Server).routes() {
+		name := rt.method + " " + rt.path
+		switch takes := rt.stores || rt.adds; {
+		case rt.method == http.MethodGet:
+			require.False(t, takes, "%s only reads: it takes no room", name)
+		case rt.realm&tenantRealm == 0:
+			require.False(t, takes, "%s is of no tenant, so that no budget is looked at", name)
+			got = append(got, name)
+		case !takes:
+			got = append(got, name)
+		}
+	}
+	require.ElementsMatch(t, roomless, got, "mark a route that takes room as stores or adds, and name one that takes none in roomless")
+}
