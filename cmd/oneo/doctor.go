@@ -95,7 +95,7 @@ func examine(ctx context.Context, e *env, o doctorOptions) error {
 	}
 	p := printed{e: e, colours: e.colourful(), dry: o.dryRun}
 	do := doctor.Options{
-		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Cache: a.Cache, Config: a.Config, Origins: e.origins, Version: a.Version,
+		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Provision: a.Provision, Cache: a.Cache, Config: a.Config, Origins: e.origins, Version: a.Version, Actor: e.actor(),
 		Tables: func(ctx context.Context) error { return schedule.Behind(ctx, a.DB) },
 		Quick:  o.quick, Only: o.only, Fix: o.fix, DryRun: o.dryRun, Timeout: o.timeout,
 	}

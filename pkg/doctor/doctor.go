@@ -17,6 +17,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/store"
 	"github.com/oneo-crm/oneo/pkg/structure"
 )
@@ -122,6 +123,7 @@ type Options struct {
 	DB        *postgres.DB
 	Migrate   *migrate.Migrator
 	Structure *structure.Checker
+	Provision *provision.Provisioner // for repairs
 	Cache     *cache.Cache
 	Config    config.Config
 	Origins   config.Origins // where the settings come from; may be nil
@@ -132,8 +134,8 @@ type Options struct {
 	Store     func() (store.Store, error)
 	Schedules func(context.Context) ([]Schedule, error)
 	Backups   func(context.Context) (Backups, error)
-	// Version is this program's.
-	Version string
+	// Version is this program's, and Actor who makes repairs, for the audit trail.
+	Version, Actor string
 	// Quick leaves out what takes its time with many tenants.
 	Quick bool
 	// Only narrows to checks or groups of these names; none: all.
@@ -182,8 +184,8 @@ type Doctor struct {
 
 // New checks the options. Invalid: there is no check or group of a name in Only.
 func New(o Options) (*Doctor, error) {
-	if o.DB == nil || o.Migrate == nil || o.Structure == nil || o.Cache == nil {
-		return nil, errors.New("doctor: DB, Migrate, Structure and Cache must be given")
+	if o.DB == nil || o.Migrate == nil || o.Structure == nil || o.Provision == nil || o.Cache == nil {
+		return nil, errors.New("doctor: DB, Migrate, Structure, Provision and Cache must be given")
 	}
 	names := []string{Fleet, Tenants, PostgreSQL, Redis, Store, Configuration}
 	for _, c := range checks {

@@ -105,7 +105,7 @@ func isolationIn(ctx context.Context, o IsolationOptions, db *postgres.DB, group
 		defer cancel()
 		for _, t := range p.both {
 			if !t.IsZero() {
-				if derr := destroyProbe(ctx, o, t.Slug); derr != nil {
+				if derr := destroyProbe(ctx, o.Provision, t.Slug, o.Actor); derr != nil {
 					o.Say("the tenant %s was not taken away: oneo tenant drop %s --purge --yes --confirm %s", t.Slug, t.Slug, t.Slug)
 					err = errors.Join(err, derr)
 				}
@@ -527,44 +527,74 @@ func (p *prober) control(ctx context.Context) error {
 }
 
 // destroyProbe takes a throw-away tenant away for good.
-func destroyProbe(ctx context.Context, o IsolationOptions, slug tenant.Slug) error {
-	if _, err := o.Provision.Drop(ctx, slug, time.Hour, o.Actor); err != nil {
+func destroyProbe(ctx context.Context, p *provision.Provisioner, slug tenant.Slug, actor string) error {
+	if _, err := p.Drop(ctx, slug, time.Hour, actor); err != nil {
 		return err
 	}
-	_, err := o.Provision.Purge(ctx, slug, o.Actor)
+	_, err := p.Purge(ctx, slug, actor)
 	return err
+}
+
+// leftProbes are the throw-away tenants that killed runs have left.
+func leftProbes(ctx context.Context, tx *postgres.OwnerTx) ([]tenant.Slug, error) {
+	const query = `select slug from public.tenants where name = $1 and slug ~ '^probe-[0-9a-f]{8}-[ab]$' and created_at < pg_catalog.now() - $2::interval and state in ('active', 'dropped') order by slug`
+	rows, err := tx.Query(ctx, query, probeName, leftAfter)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (tenant.Slug, error) {
+		var name string
+		if err := row.Scan(&name); err != nil {
+			return tenant.Slug{}, err
+		}
+		return tenant.ParseSlug(name)
+	})
 }
 
 // clearLeft takes away what a killed run has left.
 func clearLeft(ctx context.Context, o IsolationOptions) error {
 	var left []tenant.Slug
-	err := o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
-		const query = `select slug from public.tenants where name = $1 and slug ~ '^probe-[0-9a-f]{8}-[ab]$' and created_at < pg_catalog.now() - $2::interval and state in ('active', 'dropped')`
-		rows, err := tx.Query(ctx, query, probeName, leftAfter)
-		if err != nil {
-			return err
-		}
-		names, err := pgx.CollectRows(rows, pgx.RowTo[string])
-		if err != nil {
-			return err
-		}
-		for _, n := range names {
-			slug, err := tenant.ParseSlug(n)
-			if err != nil {
-				return err
-			}
-			left = append(left, slug)
-		}
-		return nil
+	err := o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+		left, err = leftProbes(ctx, tx)
+		return err
 	})
 	if err != nil {
 		return err
 	}
 	for _, slug := range left {
-		if err := destroyProbe(ctx, o, slug); err != nil {
+		if err := destroyProbe(ctx, o.Provision, slug, o.Actor); err != nil {
 			return err
 		}
 		o.Say("took away %s, which a run that was killed had left", slug)
 	}
+	return nil
+}
+
+func checkProbes(ctx context.Context, d *Doctor, r *report) error {
+	var left []tenant.Slug
+	err := d.read(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+		left, err = leftProbes(ctx, tx)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if len(left) == 0 {
+		r.ok("none")
+		return nil
+	}
+	names := make([]string, len(left))
+	for i, slug := range left {
+		names[i] = slug.String()
+	}
+	f := r.found(Warn, "", "oneo doctor --only probes --fix", "%d throw-away tenant(s) were left by an `oneo doctor isolation` that was killed: %s", len(left), some(names))
+	f.by(func(ctx context.Context) error {
+		var errs []error
+		for _, slug := range left {
+			errs = append(errs, destroyProbe(ctx, d.o.Provision, slug, d.o.Actor))
+		}
+		return errors.Join(errs...)
+	}, "destroy %s", strings.Join(names, ", "))
+	f.fix.long = true
 	return nil
 }

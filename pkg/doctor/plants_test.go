@@ -21,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/store"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -66,7 +67,7 @@ func newFleet(t *testing.T) *fleet {
 	checker, err := structure.New(structure.Options{DB: f.env.DB, Head: f.env.Migrate.Head(migrate.TenantSet), Make: f.env.Migrate.Create})
 	require.NoError(t, err)
 	f.o = doctor.Options{
-		DB: f.env.DB, Migrate: f.env.Migrate, Structure: checker, Cache: cached, Config: c, Version: "v1", Timeout: pgtest.Patience,
+		DB: f.env.DB, Migrate: f.env.Migrate, Structure: checker, Provision: f.env.Provision, Cache: cached, Config: c, Version: "v1", Actor: "test", Timeout: pgtest.Patience,
 		Store: func() (store.Store, error) { return store.NewDir(f.backup) },
 		Schedules: func(context.Context) ([]doctor.Schedule, error) {
 			return []doctor.Schedule{{Name: "nightly", State: "ok", Healthy: true}}, nil
@@ -330,6 +331,41 @@ func (f *fleet) roundAgain(t *testing.T) {
 		require.Contains(t, result(t, rep, "behind").Message, "1 tenant(s) lack migrations: aurora")
 		_, err = f.env.Migrate.Tenant(ctx, f.a, migrate.TenantOptions{})
 		require.NoError(t, err)
+	})
+	t.Run("probes", func(t *testing.T) {
+		// Two that were left, one that may be at work, and two that only look like one.
+		for _, slug := range []string{"probe-0123abcd-a", "probe-0123abcd-b", "probe-89ab4567-a", "probe-4567cdef-a", "probe-0123abcd-c"} {
+			_, err := f.env.Provision.Create(ctx, provision.CreateRequest{Slug: pgtest.Slug(t, slug), Name: "oneo doctor isolation: may be dropped", Actor: "test"})
+			require.NoError(t, err)
+		}
+		f.sql(t, `update public.tenants set created_at = now() - interval '2 h' where slug like 'probe-%' and slug <> 'probe-89ab4567-a'; update public.tenants set name = 'a customer' where slug = 'probe-4567cdef-a'`)
+		_, err := f.env.Provision.Drop(ctx, pgtest.Slug(t, "probe-0123abcd-b"), time.Hour, "test")
+		require.NoError(t, err)
+		rep := f.run(t)
+		require.Equal(t, []string{"probes"}, found(rep))
+		res := result(t, rep, "probes")
+		require.Contains(t, res.Message, "2 throw-away tenant(s) were left by an `oneo doctor isolation` that was killed: probe-0123abcd-a, probe-0123abcd-b")
+		require.Equal(t, "oneo doctor --only probes --fix", res.Findings[0].Repair)
+		fix := func(o *doctor.Options) { o.Fix, o.Only = true, []string{"probes"} }
+		states := func() (all string) {
+			t.Helper()
+			require.NoError(t, f.admin.QueryRow(ctx, `select string_agg(slug || ' ' || state, ', ' order by slug) from public.tenants where slug in ('aurora', 'birch') or slug like 'probe-%'`).Scan(&all))
+			return all
+		}
+		before := states()
+		res = result(t, f.run(t, fix, func(o *doctor.Options) { o.DryRun = true }), "probes")
+		require.Equal(t, "destroy probe-0123abcd-a, probe-0123abcd-b", res.Fixed[0].What)
+		require.Equal(t, before, states())
+		res = result(t, f.run(t, fix), "probes")
+		require.Equal(t, doctor.OK, res.Status, res.Message)
+		require.True(t, res.Fixed[0].Done, res.Fixed[0].Error)
+		require.Equal(t, "aurora active, birch active, probe-0123abcd-a purged, probe-0123abcd-b purged, probe-0123abcd-c active, probe-4567cdef-a active, probe-89ab4567-a active", states())
+		for _, slug := range []string{"probe-0123abcd-c", "probe-4567cdef-a", "probe-89ab4567-a"} {
+			_, err := f.env.Provision.Drop(ctx, pgtest.Slug(t, slug), time.Hour, "test")
+			require.NoError(t, err)
+			_, err = f.env.Provision.Purge(ctx, pgtest.Slug(t, slug), "test")
+			require.NoError(t, err)
+		}
 	})
 	t.Run("sessions", func(t *testing.T) {
 		owner := pgtest.Admin(t, f.env.Group.OwnerURL)

@@ -26,6 +26,7 @@ var tenantChecks = []Check{
 	{Name: "domains", Group: Tenants, About: "every served tenant has a primary domain, and nobody has another's", settles: true, run: checkDomains},
 	{Name: "ledger", Group: Tenants, About: "the version of every tenant is the last of its ledger rows", settles: true, run: checkLedger},
 	{Name: "functions", Group: Tenants, About: "no function runs with its owner's rights on a path that it does not keep, or in another tenant's schema", run: checkFunctions},
+	{Name: "probes", Group: Tenants, About: "no throw-away tenant was left by a proof of isolation", settles: true, run: checkProbes},
 	{Name: "drift", Group: Tenants, About: "every tenant's schema is what the migrations make", slow: true, run: checkDrift},
 }
 
