@@ -17,6 +17,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/observe"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
+	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
 type logsOptions struct {
@@ -32,6 +33,7 @@ func newLogsCmd(e *env) *cobra.Command {
 		Use: "logs", Short: "Show the log of all running servers",
 		Long: `Read the last lines of the log from every server in public.instances and show them by time. Each server keeps log.keep of them in memory:
 those of one that has ended are where its standard error goes. A server that does not answer is named, and makes the exit code 3.
+A glob also finds lines of tenants that are called so no more.
 
 --follow goes on with what comes, also from servers that begin later, until it is interrupted. The servers' operators' listeners
 (server.ops_addr) must be reachable from here, and server.secret must be theirs.`,
@@ -72,6 +74,21 @@ func logs(ctx context.Context, e *env, o logsOptions) error {
 	if a.Config.Server.Secret == "" {
 		return fault.New(fault.Invalid, "server.secret is not set: the servers would not answer").WithCode("no_secret").
 			WithHint("set ONEO_SERVER_SECRET as the servers have it")
+	}
+	for _, name := range o.tenants {
+		if strings.ContainsAny(name, "*?") {
+			continue
+		}
+		slug, err := tenant.ParseSlug(name)
+		if err != nil {
+			return err
+		}
+		if err := a.DB.InShared(ctx, postgres.Read, func(tx *postgres.Tx) error {
+			_, err := registry.BySlug(ctx, tx, slug)
+			return err
+		}); err != nil {
+			return err
+		}
 	}
 	client := observe.NewClient([]byte(a.Config.Server.Secret))
 	defer client.Close()

@@ -116,6 +116,9 @@ func TestLogsAndUsageOfServers(t *testing.T) {
 	require.NoError(t, two.cmd.Process.Kill())
 	_ = two.cmd.Wait() // it was killed
 	require.Eventually(t, func() bool { return strings.Count(story.String(), "no log of") >= 2 }, pgtest.Patience, 10*time.Millisecond)
+	_, stderr, code = oneo(t, env, nil, "logs", "-t", "acme", "-t", "acne")
+	require.Equal(t, exitNotFound, code, stderr)
+	require.Contains(t, stderr, "did you mean acme?")
 	_, stderr, code = oneo(t, env, nil, "logs")
 	require.Equal(t, exitSomeFailed, code)
 	require.Contains(t, stderr, fmt.Sprintf("/%d: ", two.cmd.Process.Pid), "who does not answer is named")

@@ -393,14 +393,37 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	return root
 }
 
-// usageArgs makes a wrong number of arguments a usage error.
+// usageArgs makes a wrong number of arguments a usage error, which names those that are missing.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
+		err := check(cmd, args)
+		var told *fault.Fault
+		if err == nil {
+			return nil
+		}
+		if errors.As(err, &told) {
 			return errUsage{err}
 		}
-		return nil
+		f := fault.New(fault.Invalid, "%s", err)
+		if wanted := wantedArgs(cmd.Use); len(args) < len(wanted) {
+			f = fault.New(fault.Invalid, "missing argument: %s", strings.Join(wanted[len(args):], " ")).WithCode("missing_argument")
+		}
+		return errUsage{f.WithHint("usage: %s", cmd.UseLine())}
 	}
+}
+
+// wantedArgs are the arguments that a usage line begins with and that cannot be left out.
+func wantedArgs(use string) (wanted []string) {
+	for _, word := range strings.Fields(use)[1:] {
+		switch {
+		case word == "--":
+		case strings.HasPrefix(word, "["), strings.HasPrefix(word, "-"), word == "|":
+			return wanted
+		default:
+			wanted = append(wanted, word)
+		}
+	}
+	return wanted
 }
 
 // known refuses, for a command that only holds others, a word that is none of them.

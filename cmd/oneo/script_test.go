@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/pgserver"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 )
@@ -153,6 +155,28 @@ func TestEveryCommandHasHelpAndAnExample(t *testing.T) {
 			require.Contains(t, c.Example, "oneo ", c.CommandPath())
 		})
 	}
+}
+
+// TestAMissingArgumentIsNamed calls every command without any: one that wants some says which, and how it is called.
+func TestAMissingArgumentIsNamed(t *testing.T) {
+	t.Parallel()
+	asked := 0
+	walk(newRootCmd(&env{flags: map[string]string{}}), func(c *cobra.Command) {
+		if c.Args == nil || c.Args(c, nil) == nil || c.Name() == "psql" { // psql has a choice, and says so itself
+			return
+		}
+		asked++
+		var usage errUsage
+		require.ErrorAs(t, c.Args(c, nil), &usage, c.CommandPath())
+		f := fault.Of(usage)
+		require.Equal(t, "missing_argument", f.Code, "%s: %s", c.CommandPath(), f.Message)
+		require.Regexp(t, "^missing argument: [A-Z]+(\\|[A-Z]+|\\.\\.\\.| [A-Z]+)*$", f.Message, c.CommandPath())
+		require.Equal(t, "usage: "+c.UseLine(), f.Hint)
+	})
+	require.Greater(t, asked, 20)
+	var errs strings.Builder
+	require.Equal(t, exitUsage, run(t.Context(), []string{"tenant", "rename", "acme"}, nil, strings.NewReader(""), io.Discard, &errs))
+	require.Equal(t, "error: missing argument: NEW\nhint:  usage: oneo tenant rename NAME NEW [flags]\n", errs.String())
 }
 
 // TestTheCommandLineIsAsCommitted shows an accidental change of a command or flag in the diff of a file.

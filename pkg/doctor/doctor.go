@@ -187,13 +187,14 @@ func New(o Options) (*Doctor, error) {
 	if o.DB == nil || o.Migrate == nil || o.Structure == nil || o.Provision == nil || o.Cache == nil {
 		return nil, errors.New("doctor: DB, Migrate, Structure, Provision and Cache must be given")
 	}
-	names := []string{Fleet, Tenants, PostgreSQL, Redis, Store, Configuration}
+	groups := []string{Fleet, Tenants, PostgreSQL, Redis, Store, Configuration}
+	names := slices.Clone(groups)
 	for _, c := range checks {
 		names = append(names, c.Name)
 	}
 	for _, name := range o.Only {
 		if !slices.Contains(names, name) {
-			f := fault.New(fault.Invalid, "there is no check %q", name).WithCode("unknown_check").WithHint("docs/doctor.md lists the checks and their groups")
+			f := fault.New(fault.Invalid, "there is no check %q", name).WithCode("unknown_check").WithHint("the groups are %s; docs/doctor.md lists the checks in them", strings.Join(groups, ", "))
 			if near := fault.Nearest(name, names, 3); len(near) > 0 {
 				f = f.WithHint("did you mean %s?", strings.Join(near, ", "))
 			}

@@ -201,6 +201,9 @@ func TestNewRefusesWhatItDoesNotKnow(t *testing.T) {
 	_, err := doctor.New(o)
 	require.Equal(t, fault.Invalid, fault.Of(err).Kind)
 	require.Equal(t, "did you mean tenants?", fault.Of(err).Hint)
+	o.Only = []string{"nonsense"}
+	_, err = doctor.New(o)
+	require.Equal(t, "the groups are fleet, tenants, postgresql, redis, store, configuration; docs/doctor.md lists the checks in them", fault.Of(err).Hint)
 	_, err = doctor.New(doctor.Options{})
 	require.Error(t, err)
 }
