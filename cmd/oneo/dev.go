@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 
 	"github.com/oneo-crm/oneo/pkg/app"
@@ -44,6 +45,7 @@ func newDevCmd(e *env) *cobra.Command {
 		Long: `Start PostgreSQL and Redis with a data folder of their own (or use the database that is configured), make
 roles and tables, seed three tenants with a real CRM's data, serve, and print curl lines that read them.
 
+server.ops_addr is the port behind that of --addr, unless it is configured.
 DIR/oneo.env holds the settings for a second terminal. Ctrl-C stops what was started; a second start
 keeps the data. PostgreSQL refuses to run as root: it then runs as the user postgres or nobody.`,
 		Example: "  oneo dev\n  oneo dev --data /tmp/oneo --addr :9000 --seed none", Args: usageArgs(cobra.NoArgs),
@@ -96,7 +98,11 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	if o.dir, err = filepath.Abs(o.dir); err != nil {
 		return err
 	}
-	opsAddr, publicURL, err := devAddresses(ctx, o.addr)
+	c, err := devConfig(e, o.dir)
+	if err != nil {
+		return err
+	}
+	opsAddr, publicURL, err := devAddresses(ctx, o.addr, c.Server.OpsAddr, e.origins["server.ops_addr"] != "default")
 	if err != nil {
 		return err
 	}
@@ -104,10 +110,6 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 		return fault.Wrap(err, fault.Forbidden, "the data folder %s cannot be made", o.dir).WithHint("choose another one with --data")
 	}
 	state, err := loadState(o.dir)
-	if err != nil {
-		return err
-	}
-	c, err := devConfig(e, o.dir)
 	if err != nil {
 		return err
 	}
@@ -128,11 +130,11 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	if c.Database.URL != "" && c.Server.Secret != "" {
 		set["server.secret"] = c.Server.Secret // the one that the configured database was made with
 	}
-	admin := c.Database.OwnerURL
-	if c.Database.URL == "" {
+	admin, ours := c.Database.OwnerURL, c.Database.URL == ""
+	if ours {
 		pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: o.dir, Settings: map[string]string{
 			"max_locks_per_transaction": "256", "max_connections": "150", "shared_buffers": "128MB",
-		}})
+		}, Preload: []string{counting}})
 		if err != nil {
 			return err
 		}
@@ -164,6 +166,11 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	if _, err := app.Init(ctx, c, app.InitOptions{AdminURL: admin, Logf: func(string, ...any) {}}); err != nil {
 		return err
 	}
+	if ours {
+		if err := devCount(ctx, admin); err != nil {
+			return err
+		}
+	}
 	a, err := e.open()
 	if err != nil {
 		return err
@@ -185,8 +192,27 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	}})
 }
 
-// devAddresses checks that the port is free before anything is started, and gives the ops listener the one behind it.
-func devAddresses(ctx context.Context, addr string) (ops, public string, err error) {
+// counting is the extension that counts statements, for `oneo inspect queries`.
+const counting = "pg_stat_statements"
+
+// devCount makes the extension where the server has loaded it.
+func devCount(ctx context.Context, admin string) error {
+	c, err := pgx.Connect(ctx, admin)
+	if err != nil {
+		return postgres.Fault(err)
+	}
+	defer c.Close(context.WithoutCancel(ctx))
+	var loaded bool
+	if err := c.QueryRow(ctx, `select current_setting('shared_preload_libraries') = $1`, counting).Scan(&loaded); err != nil || !loaded {
+		return err
+	}
+	_, err = c.Exec(ctx, "create extension if not exists "+counting)
+	return err
+}
+
+// devAddresses checks that the ports are free before anything is started. Operators have the one that is configured, or the
+// one behind that of the API.
+func devAddresses(ctx context.Context, addr, configured string, isConfigured bool) (ops, public string, err error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return "", "", errUsage{fault.New(fault.Invalid, "--addr %q is no address", addr).WithHint("for example --addr 127.0.0.1:9000 or --addr :9000")}
@@ -196,12 +222,18 @@ func devAddresses(ctx context.Context, addr string) (ops, public string, err err
 		return "", "", errUsage{fault.New(fault.Invalid, "--addr %q has no port from 1 to 65534", addr)}
 	}
 	ops = net.JoinHostPort("127.0.0.1", strconv.Itoa(n+1))
+	if isConfigured {
+		ops = configured
+	}
 	for _, a := range []string{net.JoinHostPort(host, port), ops} {
+		if a == "" { // operators are to have none
+			continue
+		}
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", a)
 		if err != nil {
 			return "", "", fault.Wrap(err, fault.Conflict, "the address %s is taken", a).WithCode("listen").
-				WithHint("is another `oneo dev` running? --addr 127.0.0.1:%d serves elsewhere", n+1000)
+				WithHint("is another `oneo dev` running? --addr 127.0.0.1:%d serves elsewhere, and server.ops_addr says where operators are answered", n+1000)
 		}
 		if err := l.Close(); err != nil {
 			return "", "", err

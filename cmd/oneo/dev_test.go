@@ -73,13 +73,13 @@ func twoPorts(t *testing.T) string {
 	return ""
 }
 
-func startDev(t *testing.T, dir string) *devProcess {
+func startDev(t *testing.T, dir string, settings ...string) *devProcess {
 	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
 	p := &devProcess{port: twoPorts(t), stdout: &buffer{}, stderr: &buffer{}}
 	p.cmd = exec.Command(self, "dev", "--data", dir, "--addr", "127.0.0.1:"+p.port)
-	p.cmd.Env = append(os.Environ(), "ONEO_TEST_BE_ONEO=1")
+	p.cmd.Env = append(append(os.Environ(), "ONEO_TEST_BE_ONEO=1"), settings...)
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	require.NoError(t, p.cmd.Start())
 	t.Cleanup(func() { _ = p.cmd.Process.Kill() })

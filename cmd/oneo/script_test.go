@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -243,9 +244,27 @@ func TestDev(t *testing.T) {
 	status, body = first.get(t, foreign)
 	require.Equal(t, 401, status, "central's key at east: %s", body)
 	require.NotContains(t, body, "Won")
+	slug, _, _ := strings.Cut(lines[0].host, ".")
+	// A second terminal sees which statements cost most: the server counts them, by tenant.
+	env, err := os.ReadFile(filepath.Join(dir, "oneo.env"))
+	require.NoError(t, err)
+	inspect := exec.Command(first.cmd.Path, "inspect", "queries", "-t", slug, "-o", "name")
+	inspect.Env = append(os.Environ(), "ONEO_TEST_BE_ONEO=1")
+	for line := range strings.Lines(string(env)) {
+		if kv, ok := strings.CutPrefix(strings.TrimSpace(line), "export "); ok {
+			inspect.Env = append(inspect.Env, strings.ReplaceAll(kv, "'", ""))
+		}
+	}
+	counted, err := inspect.CombinedOutput()
+	require.NoError(t, err, string(counted))
+	require.Contains(t, string(counted), slug)
 	require.Equal(t, 0, first.stop(t))
 
-	again := startDev(t, dir)
+	ops := twoPorts(t)
+	again := startDev(t, dir, "ONEO_SERVER_OPS_ADDR=127.0.0.1:"+ops)
+	res, err := http.Get("http://127.0.0.1:" + ops + "/livez")
+	require.NoError(t, err, "operators are answered where that is configured")
+	require.NoError(t, res.Body.Close())
 	require.Equal(t, lines, again.curl(t), "a second start keeps data and keys")
 	require.NotContains(t, again.stderr.String(), "TENANT", "a second start seeds nothing")
 	require.Equal(t, 0, again.stop(t))

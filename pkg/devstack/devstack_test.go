@@ -77,10 +77,11 @@ func TestPostgresKeepsItsDataAndItsPort(t *testing.T) {
 	require.Error(t, err, "a wrong password must be refused")
 
 	require.NoError(t, pg.Kill())
-	again, err := devstack.StartPostgres(t.Context(), devstack.PostgresOptions{Dir: dir})
+	again, err := devstack.StartPostgres(t.Context(), devstack.PostgresOptions{Dir: dir, Preload: []string{"oneo_no_such_library", "pg_stat_statements"}})
 	require.NoError(t, err, "a crash must not keep it from starting")
 	require.Equal(t, pg.Port(), again.Port())
 	require.Equal(t, "here", query(t, again.URL("postgres"), `select x from kept`))
+	require.Equal(t, "pg_stat_statements", query(t, again.URL("postgres"), `show shared_preload_libraries`), "what is not installed is not loaded")
 	require.NoError(t, again.Restart(t.Context()))
 	require.Equal(t, "here", query(t, again.URL("postgres"), `select x from kept`))
 	require.NoError(t, again.Stop(t.Context()))

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,6 +28,7 @@ type PostgresOptions struct {
 	Dir      string            // holds the data folder, the log and the superuser's password; kept
 	Port     int               // 0: the port of the last start if it is free, or any free one
 	Settings map[string]string // as in postgresql.conf
+	Preload  []string          // libraries that are loaded with the server, those of them that are installed
 	Fast     bool              // forgets everything in a crash: for tests
 	Trust    bool              // no passwords on the loopback: for tests
 }
@@ -214,10 +216,25 @@ func (p *Postgres) choosePort() error {
 	return os.WriteFile(p.lastPort(), []byte(strconv.Itoa(p.port)+"\n"), 0o600)
 }
 
+// installed are those of the libraries that lie beside the server's programs, where distributions have them.
+func (p *Postgres) installed(libraries []string) (found []string) {
+	for _, name := range libraries {
+		for _, dir := range []string{"lib", "lib/postgresql"} {
+			if files, _ := filepath.Glob(filepath.Join(filepath.Dir(p.bin), dir, name+".*")); len(files) > 0 && !slices.Contains(found, name) {
+				found = append(found, name)
+			}
+		}
+	}
+	return found
+}
+
 func (p *Postgres) start(ctx context.Context) (err error) {
 	settings := map[string]string{"listen_addresses": "127.0.0.1", "unix_socket_directories": p.sockets(), "port": strconv.Itoa(p.port), "logging_collector": "off"}
 	if p.opts.Fast {
 		settings["fsync"], settings["synchronous_commit"], settings["full_page_writes"] = "off", "off", "off"
+	}
+	if found := p.installed(p.opts.Preload); len(found) > 0 { // with one that is not it would not start
+		settings["shared_preload_libraries"] = strings.Join(found, ",")
 	}
 	for k, v := range p.opts.Settings {
 		settings[k] = v

@@ -77,6 +77,18 @@ func TestWhatMustNotHappen(t *testing.T) {
 		require.Empty(t, found(f.run(t, func(o *doctor.Options) { o.Quick = true })))
 		f.sql(t, `delete from public.operations; update public.placements set state = 'active', namespace = 'aurora'::regnamespace where number = @na`)
 	})
+	t.Run("what an extension shows in public is not open to tenants", func(t *testing.T) {
+		f.sql(t, `create extension pg_stat_statements`)
+		only := func(o *doctor.Options) { o.Only = []string{"closed"} }
+		require.Equal(t, doctor.OK, result(t, f.run(t, only), "closed").Status)
+		require.Equal(t, "42501", postgres.SQLState(f.env.DB.InTenant(ctx, f.a, postgres.Read, func(tx *postgres.Tx) error {
+			_, err := tx.Exec(ctx, `select 1 from public.pg_stat_statements`)
+			return err
+		})))
+		f.sql(t, `create table public.planted (id int); grant select on public.planted to public`)
+		require.Contains(t, result(t, f.run(t, only), "closed").Message, "tables of public are open: planted to everybody")
+		f.sql(t, `drop table public.planted; drop extension pg_stat_statements`)
+	})
 	t.Run("an index that is being built is left alone", func(t *testing.T) {
 		f.sql(t, breakIndex)
 		builder := pgtest.Admin(t, f.env.AdminURL)

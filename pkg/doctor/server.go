@@ -223,8 +223,10 @@ from pg_catalog.pg_namespace n cross join lateral pg_catalog.aclexplode(coalesce
 where n.nspname in ('public', 'ext') and a.grantee <> n.nspowner and (a.grantee = 0 or g.rolname like $1 or g.rolname = $2 or g.rolname = any($3)) order by 1, 3, 2`
 	const tables = `select c.relname from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = 'ext' and c.relkind in ('r', 'p', 'm', 'f', 'v')
 and not exists (select from pg_catalog.pg_depend e where e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and e.objid = c.oid and e.deptype = 'e') order by 1`
+	// What an extension lets everybody see in public is seen by who may use that schema: the app role, and no tenant's.
 	const open = `select distinct c.relname || ' to ' || case when a.grantee = 0 then 'everybody' else g.rolname end from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-cross join lateral pg_catalog.aclexplode(c.relacl) a left join pg_catalog.pg_roles g on g.oid = a.grantee where n.nspname = 'public' and (a.grantee = 0 or g.rolname like $1) order by 1`
+cross join lateral pg_catalog.aclexplode(c.relacl) a left join pg_catalog.pg_roles g on g.oid = a.grantee where n.nspname = 'public' and (a.grantee = 0 or g.rolname like $1)
+	and not exists (select from pg_catalog.pg_depend e where e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and e.objid = c.oid and e.deptype = 'e') order by 1`
 	const database = `select (select pg_catalog.string_agg(pg_catalog.lower(a.privilege_type), ', ') from pg_catalog.aclexplode(coalesce(b.datacl, pg_catalog.acldefault('d', b.datdba))) a where a.grantee = 0),
 	pg_catalog.to_regnamespace('ext') is not null
 from pg_catalog.pg_database b where b.datname = pg_catalog.current_database()`
