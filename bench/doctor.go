@@ -13,7 +13,7 @@ import (
 type examinations []struct {
 	tenants     int
 	took, quick time.Duration
-	found       string // the line in which the command counts
+	found       string // the line in which the command counts, and what was wrong
 }
 
 const doctorRuns = 5
@@ -28,16 +28,23 @@ func (f *fleet) examine(ctx context.Context, to *examinations) error {
 			cmd.Env = f.environment()
 			start := time.Now()
 			text, err := cmd.CombinedOutput()
-			// The server of a bench has faults of its own: the exit code for that is 13.
+			// The distribution's server may lack fixes, or its disk room: the exit code for what is wrong is 13.
 			var exit *exec.ExitError
 			if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 13) {
 				return 0, "", fmt.Errorf("doctor: %w: %s", err, tail(text))
 			}
 			all = append(all, time.Since(start))
+			var wrong []string
 			for line := range strings.Lines(string(text)) {
-				if strings.Contains(line, " left out") {
+				if of := strings.Fields(line); len(of) > 2 && of[1] == "fail" {
+					wrong = append(wrong, of[2])
+				}
+				if strings.HasSuffix(strings.TrimSpace(line), " left out") {
 					found = strings.TrimSpace(line)
 				}
+			}
+			if len(wrong) > 0 {
+				found += " (" + strings.Join(wrong, ", ") + ")"
 			}
 		}
 		return median(all), found, nil
