@@ -77,7 +77,7 @@ func downWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
 	}
 	servers := &teller{a: a}
-	return runWork{timeout: r.Timeout, left: servers.rest, do: aimed(func(ctx context.Context, t tenant.Tenant, task rollout.Task) (migrate.Result, error) {
+	return runWork{timeout: r.Timeout, left: servers.rest, changes: true, do: aimed(func(ctx context.Context, t tenant.Tenant, task rollout.Task) (migrate.Result, error) {
 		res, err := a.Migrate.Down(ctx, t, task.To, migrate.TenantOptions{Untold: true})
 		if res.From != res.To {
 			servers.changed(ctx, t.Group)

@@ -102,7 +102,7 @@ func migrateWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 			WithCode("older_binary").WithHint("use the oneo, or the folder of migrations, that began it")
 	}
 	servers := &teller{a: a}
-	w := runWork{timeout: r.Timeout, left: servers.rest}
+	w := runWork{timeout: r.Timeout, left: servers.rest, changes: !r.Rehearse}
 	if r.UndoPoint {
 		w.parting = func(run rollout.Run) string { return fmt.Sprintf("to take it back: oneo undo %s", run.ID) }
 	}

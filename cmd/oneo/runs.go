@@ -40,6 +40,7 @@ type runWork struct {
 	noOwner   bool          // takes no connection of the owner's: as many tenants at one time as were asked for
 	live      bool          // what the tenants say is the progress, unless another one is asked for
 	brokenOff bool          // an interruption breaks off what is in hand
+	changes   bool          // it changes the tenants: restore points are set before the first one
 	// parting is said at the end of a run that has changed a tenant; may be nil.
 	parting func(run rollout.Run) string
 }
@@ -180,7 +181,7 @@ func workOn(ctx context.Context, e *env, a *app.App, run rollout.Run, o workOpti
 	brake := a.Brake(looking, o.yields() && !w.live && !w.noOwner) // who reads, or runs programs, does not
 	start := time.Now()
 	end, err := a.Rollout.Work(ctx, run.ID, rollout.WorkOptions{
-		Jobs: jobs, Patience: a.Config.Migrate.Patience, Timeout: w.timeout, Hold: brake.Hold, Yields: brake.Yields, Share: a.Config.Migrate.LiveShare, Told: told,
+		Jobs: jobs, Patience: a.Config.Migrate.Patience, Timeout: w.timeout, Hold: brake.Hold, Yields: brake.Yields, Share: a.Config.Migrate.LiveShare, Changes: w.changes, Told: told,
 	}, w.do)
 	if w.left != nil {
 		w.left(context.WithoutCancel(ctx))

@@ -299,7 +299,7 @@ func sqlWork(e *env, a *app.App, request json.RawMessage) (runWork, error) {
 	if s.Columns != nil {
 		s.m.know(s.keys(s.Columns))
 	}
-	return runWork{do: s.do, told: s.tell, done: s.done, noOwner: true}, nil
+	return runWork{do: s.do, told: s.tell, done: s.done, noOwner: true, changes: s.Mode == sqlWrite}, nil
 }
 
 // keys are the merged result's columns behind the tenant. A statement that returns nothing is told by how many rows it

@@ -76,7 +76,7 @@ func undoWork(_ *env, a *app.App, request json.RawMessage) (runWork, error) {
 	if err := json.Unmarshal(request, &r); err != nil {
 		return runWork{}, fmt.Errorf("read what the run is to do: %w", err)
 	}
-	return runWork{timeout: r.Timeout, do: aimed(func(ctx context.Context, t tenant.Tenant, _ rollout.Task) (migrate.Result, error) {
+	return runWork{timeout: r.Timeout, changes: true, do: aimed(func(ctx context.Context, t tenant.Tenant, _ rollout.Task) (migrate.Result, error) {
 		res, err := a.Snapshots.Undo(ctx, t, r.Run)
 		if err != nil {
 			return res, err

@@ -50,6 +50,7 @@ type App struct {
 	Rollout   *rollout.Runner
 	Snapshots *snapshot.Snapshots
 	Transfers *transfer.Transfers
+	Marker    *registry.Marker // nil: no restore points are set
 	Resolver  *registry.Resolver
 	Hasher    *auth.Hasher
 	Counter   *observe.Counter // nil: nothing is counted
@@ -139,9 +140,12 @@ func (a *App) open() (err error) {
 	if a.Structure, err = structure.New(structure.Options{DB: a.DB, Head: a.Migrate.Head(migrate.TenantSet), Make: a.Migrate.Create}); err != nil {
 		return err
 	}
+	if c.Backup.Physical.Engine != "" {
+		a.Marker = registry.NewMarker(a.DB, a.Log)
+	}
 	po := provision.Options{
 		DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, BaseDomain: a.Base, DropGrace: c.Tenancy.DropGrace, DomainHold: c.Tenancy.DomainHold,
-		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Secret: c.Server.Secret, Uncache: a.Cache.Erase, Logger: a.Log,
+		PoolSize: c.Provisioning.PoolSize, Changed: a.changed, Secret: c.Server.Secret, Uncache: a.Cache.Erase, Marker: a.Marker, Logger: a.Log,
 	}
 	if c.Backup.URL != "" {
 		po.Archives = archives{a}
@@ -154,7 +158,7 @@ func (a *App) open() (err error) {
 	if err != nil {
 		return err
 	}
-	to := transfer.Options{DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Provision: a.Provision, BaseDomain: a.Base, Version: a.Version, Logger: a.Log}
+	to := transfer.Options{DB: a.DB, Migrate: a.Migrate, Structure: a.Structure, Provision: a.Provision, BaseDomain: a.Base, Version: a.Version, Marker: a.Marker, Logger: a.Log}
 	to.Secret = c.Server.Secret
 	if c.Schemas.Dir == "" { // in a folder of the operator's own a table of that name may be anything
 		to.Volatile, to.Personal = []string{auth.SessionsTable}, personal
@@ -162,7 +166,7 @@ func (a *App) open() (err error) {
 	if a.Transfers, err = transfer.New(to); err != nil {
 		return err
 	}
-	a.Rollout, err = rollout.New(rollout.Options{DB: a.DB, StaleAfter: c.Migrate.StaleAfter, Logger: a.Log})
+	a.Rollout, err = rollout.New(rollout.Options{DB: a.DB, StaleAfter: c.Migrate.StaleAfter, Marker: a.Marker, Logger: a.Log})
 	return err
 }
 

@@ -21,8 +21,18 @@ import (
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
 
+// KindMigrateShared is how migrations of the shared schema stand among the restore points.
+const KindMigrateShared = "migrate.shared"
+
 // MigrateShared brings the shared schema to its head, and the tables that schedules need beside it.
 func (a *App) MigrateShared(ctx context.Context) (migrate.Result, error) {
+	if a.Marker != nil && fault.Is(a.Migrate.SharedBehind(ctx), fault.Pending) {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return migrate.Result{}, err
+		}
+		a.Marker.Mark(ctx, registry.Marking{Operation: id, Kind: KindMigrateShared, Groups: a.DB.Groups()})
+	}
 	res, err := a.Migrate.Shared(ctx)
 	if err == nil {
 		err = schedule.Migrate(ctx, a.DB)

@@ -138,6 +138,11 @@ func (p *Provisioner) Move(ctx context.Context, slug tenant.Slug, r MoveRequest)
 	if err := failpoint.Hit("move.before"); err != nil {
 		return done, err
 	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return done, err
+	}
+	p.o.Marker.Mark(ctx, registry.Marking{Operation: id, Kind: KindMove, Tenant: t.Slug.String(), Groups: []string{m.From, m.To}})
 	err = p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 		c := change{kind: KindMove, tenant: t}
 		if err := unchanged(ctx, tx, c); err != nil {
@@ -149,7 +154,7 @@ func (p *Provisioner) Move(ctx context.Context, slug tenant.Slug, r MoveRequest)
 		if err := room(ctx, tx, r.Group); err != nil {
 			return err
 		}
-		m.op, err = registry.Begin(ctx, tx, KindMove, t, r.Actor, request{Slug: t.Slug.String(), KeepSeconds: int64(r.Keep.Seconds()), Move: &m.moving})
+		m.op, err = registry.BeginAs(ctx, tx, id, KindMove, t, r.Actor, request{Slug: t.Slug.String(), KeepSeconds: int64(r.Keep.Seconds()), Move: &m.moving})
 		return err
 	})
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -54,7 +55,9 @@ type Options struct {
 	Uncache func(ctx context.Context, t tenant.Tenant) (int, error)
 	// Archives is where the archives of tenants lie that are erased; nil: oneo knows of none.
 	Archives Archives
-	Logger   *slog.Logger
+	// Marker sets restore points before what changes much; nil: there are none.
+	Marker *registry.Marker
+	Logger *slog.Logger
 }
 
 // Provisioner changes tenants. It is safe for concurrent use.
@@ -145,6 +148,10 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 	if op != nil && c.known != nil {
 		c.known(op.ID)
 	}
+	id, err := p.mark(ctx, c, op)
+	if err != nil {
+		return tenant.Tenant{}, err
+	}
 	hosts := map[tenant.Host]bool{}
 	var after tenant.Tenant
 	collect := func(q postgres.Querier) error {
@@ -221,7 +228,6 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		return failpoint.Hit(c.point + ".finish")
 	}
 
-	var err error
 	if p.o.DB.SameDatabase(c.tenant.Group) && !c.once && !c.apart {
 		err = p.patiently(ctx, func() error {
 			return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
@@ -251,7 +257,7 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 			})
 		})
 	} else {
-		err = p.runApart(ctx, &c, &op, begin, schema, finish, ended)
+		err = p.runApart(ctx, id, &c, &op, begin, schema, finish, ended)
 	}
 	if err != nil {
 		return tenant.Tenant{}, p.named(err, c)
@@ -266,6 +272,27 @@ func (p *Provisioner) run(ctx context.Context, c change, op *registry.Operation)
 		p.Wake()
 	}
 	return after, failpoint.Hit(c.point + ".after")
+}
+
+// marked are the kinds of changes before which restore points are set; so they are before a move.
+var marked = []string{KindRestore, KindReturn, KindDrop, KindPurge, KindErase}
+
+// mark sets the restore points of a change that is about to begin, and returns the id by which its operation is known; one that has
+// begun has its own. The audit trail tells the id also of what is one transaction, and no operation that has a row.
+func (p *Provisioner) mark(ctx context.Context, c change, op *registry.Operation) (id uuid.UUID, err error) {
+	if op != nil {
+		id = op.ID
+	} else if id, err = uuid.NewV7(); err != nil {
+		return id, err
+	}
+	if p.o.Marker == nil || !slices.Contains(marked, c.kind) || op != nil && op.Begun {
+		return id, nil
+	}
+	p.o.Marker.Mark(ctx, registry.Marking{Operation: id, Kind: c.kind, Tenant: c.tenant.Slug.String(), Groups: []string{c.tenant.Group}})
+	if d, ok := c.details.(map[string]any); ok {
+		d["operation"] = id
+	}
+	return id, nil
 }
 
 // unchanged refuses a change of a tenant that another one has changed since it was read, and keeps the tenant's row
@@ -304,9 +331,9 @@ func (p *Provisioner) exclude(ctx context.Context, tx *postgres.OwnerTx, c chang
 	return running(open)
 }
 
-// runApart carries a change out whose schema lies in another database than the registry, or that cannot be repeated. It
-// settles the number of *c. ended reads what has become of it when somebody else has finished it.
-func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Operation, begin, schema, finish, ended func(*postgres.OwnerTx) error) error {
+// runApart carries a change out whose schema lies in another database than the registry, or that cannot be repeated, as the
+// operation id. It settles the number of *c. ended reads what has become of it when somebody else has finished it.
+func (p *Provisioner) runApart(ctx context.Context, id uuid.UUID, c *change, op **registry.Operation, begin, schema, finish, ended func(*postgres.OwnerTx) error) error {
 	inMain := func(steps ...func(*postgres.OwnerTx) error) error {
 		return p.o.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 			for _, step := range steps {
@@ -344,7 +371,7 @@ func (p *Provisioner) runApart(ctx context.Context, c *change, op **registry.Ope
 				if begun != nil {
 					return registry.MarkBegun(ctx, tx, begun.ID, c.request)
 				}
-				o, err := registry.Begin(ctx, tx, c.kind, c.tenant, c.actor, c.request)
+				o, err := registry.BeginAs(ctx, tx, id, c.kind, c.tenant, c.actor, c.request)
 				*op = &o
 				return err
 			})

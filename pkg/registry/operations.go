@@ -71,13 +71,18 @@ values ($1, $2, $3, 'queued', $4, $5) returning ` + operationColumns
 
 // Begin enters an operation that its caller carries out itself, in the transaction of its first step.
 func Begin(ctx context.Context, q postgres.Querier, kind string, t tenant.Tenant, actor string, request any) (Operation, error) {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return Operation{}, fmt.Errorf("write request: %w", err)
-	}
 	id, err := uuid.NewV7()
 	if err != nil {
 		return Operation{}, err
+	}
+	return BeginAs(ctx, q, id, kind, t, actor, request)
+}
+
+// BeginAs is Begin under an id that something knows the operation by already.
+func BeginAs(ctx context.Context, q postgres.Querier, id uuid.UUID, kind string, t tenant.Tenant, actor string, request any) (Operation, error) {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return Operation{}, fmt.Errorf("write request: %w", err)
 	}
 	const insert = `insert into public.operations (id, kind, tenant, slug, state, step, request, actor, attempts, started_at, heartbeat)
 values ($1, $2, $3, $4, 'running', 'begun', $5, $6, 1, now(), now()) returning ` + operationColumns

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 )
 
 // expiredTogether is how many runs are removed in one transaction: each may have thousands of tasks.
@@ -18,8 +19,11 @@ const expiredTogether = 10
 // Expire removes runs that ended longer than keep ago, with their tasks and the marks of their changes; 0: none. Those
 // that may still be resumed, retried or undone stay, however old they are: open ones, failed ones, those of which a group
 // has an undo point, and those with tenants in a group that is not configured. A group that cannot be asked keeps all of
-// them. It returns how many were removed.
+// them. It returns how many were removed. Restore points have a time of their own, whatever keep is.
 func (r *Runner) Expire(ctx context.Context, keep time.Duration) (expired int, err error) {
+	if err := r.inMain(ctx, func(tx *postgres.OwnerTx) error { return registry.ExpirePoints(ctx, tx) }); err != nil {
+		return 0, err
+	}
 	if keep <= 0 {
 		return 0, nil
 	}

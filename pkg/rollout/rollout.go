@@ -32,7 +32,9 @@ type Options struct {
 	// StaleAfter is how long a task's process may give no sign of life before another one takes the task up; 0 is 10
 	// seconds.
 	StaleAfter time.Duration
-	Logger     *slog.Logger
+	// Marker sets restore points before runs that change tenants; nil: there are none.
+	Marker *registry.Marker
+	Logger *slog.Logger
 }
 
 // Runner plans runs and works on them. It is safe for concurrent use.

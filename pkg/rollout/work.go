@@ -13,10 +13,12 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/fleet"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 )
 
@@ -46,6 +48,8 @@ type Outcome struct {
 // WorkOptions says how a process works on a run.
 type WorkOptions struct {
 	Jobs int // at one time; at least 1
+	// Changes says that the run changes tenants: restore points are set before its first one.
+	Changes bool
 	// Patience is for how long a tenant that is busy, or whose database is away, is tried again; 0 is two minutes.
 	Patience time.Duration
 	// Timeout ends the work on one tenant; 0: none.
@@ -83,9 +87,28 @@ func (r *Runner) Work(ctx context.Context, id uuid.UUID, o WorkOptions, work fun
 	if err != nil {
 		return Run{}, err
 	}
+	if o.Changes && r.o.Marker != nil {
+		r.mark(ctx, id)
+	}
 	w := &crew{Runner: r, id: id, worker: worker, o: o, jobs: max(1, o.Jobs), work: work, firstTried: map[int]time.Time{},
 		began: time.Now(), held: map[int32]struct{}{}}
 	return w.run(ctx)
+}
+
+// mark sets the restore points of a run that has begun with no tenant: one in each of its groups, and not one for each tenant. A
+// process that finds them there sets none that is remembered.
+func (r *Runner) mark(ctx context.Context, id uuid.UUID) {
+	k := registry.Marking{Operation: id}
+	const ask = `select o.kind, pg_catalog.array_agg(distinct coalesce(n.group_name, t.group_name)::text)
+from public.operations o join public.tasks t on t.run = o.id left join public.tenants n on n.number = t.tenant
+where o.id = $1 and not exists (select from public.restore_points where operation = $1)
+group by o.kind having pg_catalog.bool_and(t.state = 'queued' and t.attempts = 0)`
+	err := r.inMain(ctx, func(tx *postgres.OwnerTx) error { return tx.QueryRow(ctx, ask, id).Scan(&k.Kind, &k.Groups) })
+	if err == nil {
+		r.o.Marker.Mark(ctx, k)
+	} else if !errors.Is(err, pgx.ErrNoRows) && ctx.Err() == nil { // if it matters, the work fails by it too
+		r.o.Logger.WarnContext(ctx, "no restore point was set before the run", "run", id, "error", err)
+	}
 }
 
 // crew is one process's work on one run.

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -45,16 +46,20 @@ const ActionMerge = "tenant.merge"
 // tenant's own constraints and triggers hold. Faults: those of Restore; NotFound for what the archive or the tenant has not;
 // Conflict where rows do not fit, or cannot be told apart.
 func (x *Transfers) Merge(ctx context.Context, t tenant.Tenant, r io.Reader, foreign bool, parts Parts, agree func([]Difference) error, o Loading) (all []Merged, err error) {
+	id, err := uuid.NewV7()
+	if err != nil {
+		return nil, err
+	}
 	err = x.beside(ctx, t, r, foreign, o, func(ctx context.Context, tx *postgres.OwnerTx, live, beside structure.Schema) error {
-		if all, err = x.merge(ctx, tx, t, live.Name, beside.Name, parts, agree); err != nil {
+		if all, err = x.merge(ctx, tx, id, t, live.Name, beside.Name, parts, agree); err != nil {
 			return err
 		}
-		return x.auditMerge(ctx, tx, t, parts, all, o.Actor)
+		return x.auditMerge(ctx, tx, id, t, parts, all, o.Actor)
 	})
 	return all, named(err, t)
 }
 
-func (x *Transfers) merge(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, live, beside string, parts Parts, agree func([]Difference) error) ([]Merged, error) {
+func (x *Transfers) merge(ctx context.Context, tx *postgres.OwnerTx, operation uuid.UUID, t tenant.Tenant, live, beside string, parts Parts, agree func([]Difference) error) ([]Merged, error) {
 	picked, found, err := x.preview(ctx, tx, t, live, beside, parts)
 	if err != nil {
 		return nil, err
@@ -62,6 +67,7 @@ func (x *Transfers) merge(ctx context.Context, tx *postgres.OwnerTx, t tenant.Te
 	if err := agree(found); err != nil {
 		return nil, err
 	}
+	x.o.Marker.MarkIn(ctx, tx, t.Group, registry.Marking{Operation: operation, Kind: ActionMerge, Tenant: t.Slug.String(), Groups: []string{t.Group}})
 	// As a request of the tenant: what takes the gate for itself waits, and nothing is written behind it.
 	if err := tx.ShareGate(ctx, t.Number); err != nil {
 		return nil, err
@@ -319,12 +325,12 @@ where m.last between %d and %d and (m.last %s s.last_value or m.last = s.last_va
 
 // auditMerge writes who has merged what, in the merge's transaction or, where the registry is in another database, before its
 // commit: no merge is without its line.
-func (x *Transfers) auditMerge(ctx context.Context, tx *postgres.OwnerTx, t tenant.Tenant, parts Parts, all []Merged, actor string) error {
+func (x *Transfers) auditMerge(ctx context.Context, tx *postgres.OwnerTx, operation uuid.UUID, t tenant.Tenant, parts Parts, all []Merged, actor string) error {
 	counts := map[string]any{}
 	for _, m := range all {
 		counts[m.Table] = map[string]int64{"inserted": m.Inserted, "overwritten": m.Overwritten}
 	}
-	details := map[string]any{"tables": counts, "overwrite": parts.Overwrite}
+	details := map[string]any{"operation": operation, "tables": counts, "overwrite": parts.Overwrite}
 	if parts.Pipeline != "" {
 		details["pipeline"] = parts.Pipeline
 	}

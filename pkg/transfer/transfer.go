@@ -16,6 +16,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 )
@@ -37,7 +38,9 @@ type Options struct {
 	Secret string
 	// LockWait is how long another operation on the tenant is waited for; 0 is 10 seconds.
 	LockWait time.Duration
-	Logger   *slog.Logger
+	// Marker sets restore points before merges; nil: there are none. The Provisioner has its own.
+	Marker *registry.Marker
+	Logger *slog.Logger
 }
 
 // Transfers exports and imports tenants. It is safe for concurrent use.
