@@ -21,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/schemas"
@@ -90,6 +91,7 @@ func openOn(db *postgres.DB, change ...func(*provision.Options)) (*postgres.DB, 
 	o := provision.Options{
 		DB: db, Migrate: m, BaseDomain: base, DropGrace: time.Hour, DomainHold: time.Hour, GateWait: 30 * time.Second,
 		StaleAfter: 200 * time.Millisecond, Secret: pgtest.Secret, Logger: slog.New(slog.DiscardHandler),
+		Marker: registry.NewMarker(db, slog.New(slog.DiscardHandler)),
 	}
 	for _, f := range change {
 		f(&o)
@@ -192,6 +194,7 @@ func TestKillEverywhere(t *testing.T) {
 						strings.Contains(err.Error(), "cannot be") || strings.Contains(err.Error(), "undone already"), "doing it again: %v", err)
 				}
 				f.reached(t, operation, group)
+				f.pointed(t, operation, group)
 				if claims {
 					tn, err := find(ctx, f.db, "acme")
 					require.NoError(t, err)
@@ -271,7 +274,12 @@ func newFixture(t *testing.T, group string) fixture {
 	require.NoError(t, err)
 	_, err = m.Shared(t.Context())
 	require.NoError(t, err)
-	return fixture{env: env, groups: groups, db: db, p: p, m: m}
+	f := fixture{env: env, groups: groups, db: db, p: p, m: m}
+	for name := range groups {
+		_, err := pgtest.Admin(t, f.adminURL(name)).Exec(t.Context(), postgres.GrantRestorePoints("oneo_owner"))
+		require.NoError(t, err)
+	}
+	return f
 }
 
 func (f fixture) create(t *testing.T, slug, group string) tenant.Tenant {

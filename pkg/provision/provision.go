@@ -285,12 +285,14 @@ func (p *Provisioner) mark(ctx context.Context, c change, op *registry.Operation
 	} else if id, err = uuid.NewV7(); err != nil {
 		return id, err
 	}
-	if p.o.Marker == nil || !slices.Contains(marked, c.kind) || op != nil && op.Begun {
+	if p.o.Marker == nil || !slices.Contains(marked, c.kind) {
 		return id, nil
 	}
-	p.o.Marker.Mark(ctx, registry.Marking{Operation: id, Kind: c.kind, Tenant: c.tenant.Slug.String(), Groups: []string{c.tenant.Group}})
 	if d, ok := c.details.(map[string]any); ok {
 		d["operation"] = id
+	}
+	if op == nil || !op.Begun { // whoever begins it has set them: now may be behind its first change
+		p.o.Marker.Mark(ctx, registry.Marking{Operation: id, Kind: c.kind, Tenant: c.tenant.Slug.String(), Groups: []string{c.tenant.Group}})
 	}
 	return id, nil
 }
