@@ -122,6 +122,8 @@ func TestMergeTables(t *testing.T) {
 	f.in(one, `insert into zoos values (1); insert into animals values (1, 1)`)
 	b, _ := f.export(p, one)
 	f.in(one, `delete from animals; delete from zoos`)
+	_, err := f.admin.Exec(t.Context(), postgres.GrantRestorePoints("oneo_owner"))
+	require.NoError(t, err)
 	got, err := f.merge(p, one, b, transfer.Parts{Tables: []string{"animals", "zoos"}})
 	require.NoError(t, err, "what others refer to comes first")
 	require.Equal(t, map[string][2]int64{"animals": {1, 0}, "zoos": {1, 0}}, got)
@@ -167,6 +169,10 @@ select setval('books_id_seq', 1, false); delete from log`)
 	require.Equal(t, "rows_do_not_fit", fault.Of(err).StableCode(), "%v", err)
 	require.Equal(t, 2, f.count(`select count(*) from public.audit where action = 'tenant.merge' and details -> 'tables' ? 'books'`))
 	require.Zero(t, f.count(`select count(*) from pg_namespace where nspname like 'oneo_re%'`))
+	// Each merge that was agreed to and done has its restore point, and the audit trail tells whose it is.
+	require.Equal(t, 3, f.count(`select count(*) from public.restore_points`))
+	require.Equal(t, 3, f.count(`select count(*) from public.restore_points p join public.audit a on (a.details->>'operation')::uuid = p.operation and a.action = p.kind
+	where p.kind = 'tenant.merge' and p.tenant = 'acme' and p.group_name = 'main'`))
 	f.Invariants(t)
 }
 

@@ -68,6 +68,24 @@ func (f *moving) move(t tenant.Tenant, group string, change ...func(*provision.M
 	return f.p.provision.Move(context.Background(), t.Slug, r)
 }
 
+// A move has a restore point in each database that it changes, before it begins.
+func TestAMoveHasItsPoints(t *testing.T) {
+	t.Parallel()
+	f := newMoving(t, false)
+	one := f.tenant(f.p, "acme")
+	for _, c := range []*pgx.Conn{f.admin, f.second} {
+		_, err := c.Exec(t.Context(), postgres.GrantRestorePoints("oneo_owner"))
+		require.NoError(t, err)
+	}
+	done, err := f.move(one, "second")
+	require.NoError(t, err)
+	const ask = `select string_agg(p.group_name, ' ' order by p.group_name) from public.restore_points p join public.operations o on o.id = p.operation
+where o.id = $1 and p.kind = 'tenant.move' and p.tenant = 'acme' and p.at <= o.created_at and p.lsn < pg_current_wal_insert_lsn()`
+	var groups string
+	require.NoError(t, f.admin.QueryRow(t.Context(), ask, done.Operation).Scan(&groups))
+	require.Equal(t, "main second", groups)
+}
+
 // whole is what a tenant has, read without any help of the move: every table's rows as text, sessions included.
 func (f *moving) whole(c *pgx.Conn, schema string) map[string]string {
 	f.t.Helper()

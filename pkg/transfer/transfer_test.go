@@ -23,6 +23,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/pgtest"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
+	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/structure"
 	"github.com/oneo-crm/oneo/pkg/tenant"
 	"github.com/oneo-crm/oneo/pkg/transfer"
@@ -148,13 +149,13 @@ func assemble(db *postgres.DB, base tenant.Host, up ...string) (p parts, err err
 		return p, err
 	}
 	p.provision, err = provision.New(provision.Options{
-		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 30 * time.Second, StaleAfter: 30 * time.Second, Secret: pgtest.Secret, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, BaseDomain: base, DropGrace: time.Hour, GateWait: 30 * time.Second, StaleAfter: 30 * time.Second, Secret: pgtest.Secret, Marker: registry.NewMarker(db, log), Logger: log,
 	})
 	if err != nil {
 		return p, err
 	}
 	p.Transfers, err = transfer.New(transfer.Options{
-		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Secret: pgtest.Secret, Volatile: []string{"sessions"}, LockWait: 30 * time.Second, Logger: log,
+		DB: db, Migrate: m, Structure: p.checker, Provision: p.provision, BaseDomain: base, Version: "test", Secret: pgtest.Secret, Volatile: []string{"sessions"}, LockWait: 30 * time.Second, Marker: registry.NewMarker(db, log), Logger: log,
 	})
 	return p, err
 }
