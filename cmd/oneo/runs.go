@@ -19,6 +19,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/rollout"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -423,10 +424,15 @@ func newRunShowCmd(e *env) *cobra.Command {
 			if tasks {
 				return showTasks(cmd.Context(), e, a, run, nil)
 			}
+			points, err := restorePoints(cmd.Context(), a, run.ID)
+			if err != nil {
+				return err
+			}
 			columns := append(runColumns[:len(runColumns):len(runColumns)],
 				column[rollout.Run]{"WAVE", "wave", func(r rollout.Run) any { return r.Wave + 1 }},
 				column[rollout.Run]{"WAVES", "waves", func(r rollout.Run) any { return r.Waves }},
 				column[rollout.Run]{"REQUEST", "request", func(r rollout.Run) any { return r.Request }},
+				column[rollout.Run]{"RESTORE POINTS", "restore_points", func(rollout.Run) any { return points }},
 				column[rollout.Run]{"ERROR", "error", func(r rollout.Run) any { return r.Error }})
 			if err := showOne(e, run, columns); err != nil || e.output != "table" || run.Failed == 0 {
 				return err
@@ -445,6 +451,21 @@ func newRunShowCmd(e *env) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&tasks, "tenants", false, "the tenants instead: all of them with -o json, those that ask for attention in a table")
 	return cmd
+}
+
+// restorePoints says in which groups a run has one, and at which moment; none: it has no name as a moment.
+func restorePoints(ctx context.Context, a *app.App, run uuid.UUID) (all []string, err error) {
+	err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		points, err := registry.PointsOf(ctx, tx, run.String())
+		for _, p := range points {
+			all = append(all, p.Group+" "+p.At.UTC().Format(time.RFC3339))
+		}
+		if fault.Is(err, fault.NotFound) {
+			err = nil
+		}
+		return err
+	})
+	return all, err
 }
 
 // runVerb is a command that changes a run and does not work on it.
