@@ -140,6 +140,17 @@ func TestPointsAreSetAndFound(t *testing.T) {
 	requireFault(t, err, fault.NotFound, "unknown_point")
 	_, err = pointsOf(t, db, two.String())
 	require.NoError(t, err)
+
+	// What one cluster has is remembered, also where the registry's own can have none.
+	_, err = admin.Exec(ctx, `revoke execute on function pg_catalog.pg_create_restore_point(text) from oneo_owner`)
+	require.NoError(t, err)
+	half := registry.Marking{Operation: uuid.New(), Kind: "tenant.drop", Tenant: "acme", Groups: []string{"second"}}
+	m.Mark(ctx, half)
+	require.Contains(t, log.String(), "groups=main")
+	ps, err = pointsOf(t, db, half.Operation.String())
+	require.NoError(t, err)
+	require.Len(t, ps, 1)
+	require.Equal(t, "second", ps[0].Group)
 }
 
 // Whoever may not set points, or cannot reach where they are remembered, is told once, and goes on.
