@@ -14,6 +14,8 @@ import (
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/physical"
+	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 )
 
 // atOptions are the flags by which a moment is named.
@@ -22,32 +24,52 @@ type atOptions struct {
 }
 
 func (o *atOptions) register(f *pflag.FlagSet) {
+	f.StringVar(&o.before, "before", "", "the moment before an `OPERATION` changed anything: the id, or a part of it, of a run of migrations, restore, drop or move")
 	f.StringVar(&o.at, "at", "", "the `TIME`: '2026-08-01 14:03:00+02', without an offset in the zone of this machine, or 10m for ten minutes ago")
 }
 
 func (o *atOptions) given() bool { return o.at != "" || o.before != "" }
 
-// target is the moment that the flags name.
-func (o *atOptions) target(ctx context.Context, a *app.App) (t physical.Target, err error) {
+// moment is what the flags name: a time, or the restore points of an operation, with the time of the first of them.
+func (o *atOptions) moment(ctx context.Context, a *app.App) (m app.Moment, err error) {
+	switch {
+	case o.at != "" && o.before != "":
+		return m, errUsage{fault.New(fault.Invalid, "--at and --before exclude each other")}
+	case o.before == "":
+		m.Time, err = o.time(ctx, a)
+		return m, err
+	}
+	err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
+		points, err := registry.PointsOf(ctx, tx, o.before)
+		if err == nil {
+			m, err = app.MomentOf(points)
+		}
+		return err
+	})
+	return m, err
+}
+
+// time is the one that --at names.
+func (o *atOptions) time(ctx context.Context, a *app.App) (at time.Time, err error) {
 	now, err := a.Now(ctx)
 	if err != nil {
 		if !fault.Is(err, fault.Unavailable) {
-			return t, err
+			return at, err
 		}
 		now = time.Now() // the server may be what is to be recovered
 	}
-	if t.Time, err = physical.ParseTime(o.at, now, time.Local); err != nil {
-		return t, errUsage{err}
+	if at, err = physical.ParseTime(o.at, now, time.Local); err != nil {
+		return at, errUsage{err}
 	}
-	if t.Time.After(now) {
-		return t, fault.New(fault.Invalid, "%s is in the future: by the server's clock it is %s", t, now.UTC().Format(time.RFC3339)).WithCode("bad_time")
+	if at.After(now) {
+		return at, fault.New(fault.Invalid, "%s is in the future: by the server's clock it is %s", physical.Target{Time: at}, now.UTC().Format(time.RFC3339)).WithCode("bad_time")
 	}
-	return t, nil
+	return at, nil
 }
 
 // recover brings the installation to the moment that the flags name, beside the live one, telling how far it is.
 func (o *atOptions) recover(ctx context.Context, e *env, a *app.App, progress, why string, groups []string) (*app.Past, error) {
-	t, err := o.target(ctx, a)
+	at, err := o.moment(ctx, a)
 	if err != nil {
 		return nil, err
 	}
@@ -55,9 +77,9 @@ func (o *atOptions) recover(ctx context.Context, e *env, a *app.App, progress, w
 	if err != nil {
 		return nil, err
 	}
-	e.say("recovering to %s, beside what is live", t)
+	e.say("recovering to %s, beside what is live", at)
 	start := time.Now()
-	past, err := a.Recover(ctx, app.PastOptions{Target: t, Groups: groups, Why: why, Report: m.tell, Say: e.say})
+	past, err := a.Recover(ctx, app.PastOptions{Moment: at, Groups: groups, Why: why, Report: m.tell, Say: e.say})
 	m.end()
 	if err != nil {
 		return nil, err

@@ -6,7 +6,6 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
-	"github.com/oneo-crm/oneo/pkg/physical"
 )
 
 var rehearsedColumns = []column[app.Rehearsed]{
@@ -46,11 +45,11 @@ func drillPhysical(ctx context.Context, e *env, o backupDrillOptions) error {
 	if err := a.Migrate.SharedBehind(ctx); err != nil {
 		return err
 	}
-	var target physical.Target
+	var at app.Moment
 	if o.at.given() {
-		target, err = o.at.target(ctx, a)
+		at, err = o.at.moment(ctx, a)
 	} else {
-		target.Time, err = a.RandomMoment(ctx)
+		at.Time, err = a.RandomMoment(ctx)
 	}
 	if err != nil {
 		return err
@@ -59,9 +58,9 @@ func drillPhysical(ctx context.Context, e *env, o backupDrillOptions) error {
 	if err != nil {
 		return err
 	}
-	e.say("recovering to %s, beside what is live", target)
+	e.say("recovering to %s, beside what is live", at)
 	var rows []app.Rehearsed
-	proofs, err := a.Rehearse(ctx, app.PastOptions{Target: target, Why: "oneo backup drill --physical", Report: m.tell, Say: e.say}, f, o.sample, func(r app.Rehearsed) {
+	proofs, err := a.Rehearse(ctx, app.PastOptions{Moment: at, Why: "oneo backup drill --physical", Report: m.tell, Say: e.say}, f, o.sample, func(r app.Rehearsed) {
 		m.end()
 		rows = append(rows, r)
 	})
@@ -73,7 +72,7 @@ func drillPhysical(ctx context.Context, e *env, o backupDrillOptions) error {
 		return serr
 	}
 	for _, p := range proofs {
-		e.say("%s: %s was reached from the physical backup %s; %d tenant(s), %s row(s), in %s", p.Cluster, target, p.Backup, p.Tenants, grouped(p.Rows), p.Duration.Round(100*time.Millisecond))
+		e.say("%s: %s was reached from the physical backup %s; %d tenant(s), %s row(s), in %s", p.Cluster, at, p.Backup, p.Tenants, grouped(p.Rows), p.Duration.Round(100*time.Millisecond))
 	}
 	return err
 }

@@ -58,12 +58,16 @@ func keepPast(ctx context.Context, e *env, a *app.App, at *atOptions, d time.Dur
 	if err != nil {
 		return err
 	}
-	t, err := at.target(ctx, a)
+	m, err := at.moment(ctx, a)
 	if err != nil {
 		return err
 	}
-	at.at = t.Time.UTC().Format(time.RFC3339Nano) // the very same moment, however it was given
-	cmd := exec.Command(self, slices.Concat(e.globalFlags(), []string{"hold", "--at", at.at, "--for", d.String(), "--progress", "none"})...)
+	which := []string{"--before", at.before}
+	if at.before == "" {
+		at.at = m.Time.UTC().Format(time.RFC3339Nano) // the very same moment, however it was given
+		which = []string{"--at", at.at}
+	}
+	cmd := exec.Command(self, slices.Concat(e.globalFlags(), []string{"hold"}, append(which, "--for", d.String(), "--progress", "none"))...)
 	cmd.Env = e.environ
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-C here is not for it
 	out, err := cmd.StdoutPipe()
@@ -77,7 +81,7 @@ func keepPast(ctx context.Context, e *env, a *app.App, at *atOptions, d time.Dur
 	defer problems.Close()
 	defer os.Remove(problems.Name()) // it is still written to, and gone with its last writer
 	cmd.Stderr = problems
-	e.say("recovering to %s, to be kept for %s", t, short(d))
+	e.say("recovering to %s, to be kept for %s", m, short(d))
 	if err := cmd.Start(); err != nil {
 		return err
 	}

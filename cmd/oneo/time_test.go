@@ -102,7 +102,10 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 			require.Contains(t, story, "undo: oneo undo ")
 			require.Equal(t, east, rows("east"))
 			o.requireWon("east", o.keys["east"], http.StatusOK, 1171)
-			o.oneo(0, "undo", field(t, answer, "operation"), "--yes")
+			restored := field(t, answer, "operation")
+			answer, _ = o.oneo(0, "sql", "-t", "east", "--before", restored, "-o", "json", count)
+			require.Regexp(t, `"n":97`, answer)
+			o.oneo(0, "undo", restored, "--yes")
 			require.Equal(t, deleted, rows("east"))
 			// Any moment, and all tenants of it.
 			answer, story = o.oneo(0, "backup", "drill", "--physical", "--sample", "2", "-o", "json")

@@ -16,6 +16,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/physical"
 	"github.com/oneo-crm/oneo/pkg/postgres"
+	"github.com/oneo-crm/oneo/pkg/registry"
 )
 
 // Cluster is a server of PostgreSQL that holds groups, and where its physical backups are.
@@ -128,9 +129,53 @@ type Past struct {
 	names    []string // of Clusters
 }
 
+// Moment is one of the whole installation.
+type Moment struct {
+	Time time.Time
+	// Points are restore points that are meant in the place of the time, in the clusters of these groups.
+	Points map[string]physical.Target
+}
+
+// MomentOf is the one before an operation, whose restore points they are.
+func MomentOf(points []registry.Point) (m Moment, err error) {
+	m.Points = map[string]physical.Target{}
+	for _, p := range points {
+		t := physical.Target{Time: p.At, Point: p.Name}
+		if t.LSN, err = physical.ParseLSN(p.LSN); err != nil {
+			return m, err
+		}
+		m.Points[p.Group] = t
+		if m.Time.IsZero() || p.At.Before(m.Time) {
+			m.Time = p.At
+		}
+	}
+	return m, nil
+}
+
+// String says it to a person.
+func (m Moment) String() string {
+	for _, t := range m.Points {
+		if len(m.Points) == 1 {
+			return t.String()
+		}
+	}
+	return physical.Target{Time: m.Time}.String()
+}
+
+// of is the moment in one cluster: the first of its groups' restore points, if there are any.
+func (m Moment) of(k Cluster) physical.Target {
+	found := physical.Target{Time: m.Time}
+	for _, g := range k.Groups {
+		if t, ok := m.Points[g]; ok && (found.Point == "" || t.LSN < found.LSN) {
+			found = t
+		}
+	}
+	return found
+}
+
 // PastOptions say what is recovered of an installation.
 type PastOptions struct {
-	Target physical.Target
+	Moment Moment
 	// Groups are those that are needed besides main, which knows of all tenants.
 	Groups []string
 	Why    string
@@ -163,7 +208,7 @@ func (a *App) Recover(ctx context.Context, o PastOptions) (p *Past, err error) {
 		if !needed {
 			continue
 		}
-		r, err := physical.Attach(a.ScratchDir(), k.Name, o.Target)
+		r, err := physical.Attach(a.ScratchDir(), k.Name, o.Moment.of(k))
 		if err != nil {
 			return p, err
 		}
@@ -202,7 +247,7 @@ func (a *App) recoverCluster(ctx context.Context, k Cluster, o PastOptions, grou
 		o.Say("%s: what it has not archived yet is missing", fault.Of(err).Message)
 	}
 	return physical.Recover(ctx, k.Engine, physical.RecoverOptions{
-		Dir: a.ScratchDir(), Target: o.Target, Role: k.role, Database: k.database, Only: databasesOf(k, groups), Why: o.Why,
+		Dir: a.ScratchDir(), Target: o.Moment.of(k), Role: k.role, Database: k.database, Only: databasesOf(k, groups), Why: o.Why,
 		Report: func(p physical.Progress) { o.Report(k.Name, p) },
 	})
 }

@@ -99,7 +99,9 @@ func TestWithoutARightToPointsEverythingGoesOn(t *testing.T) {
 		require.NoError(t, err)
 	}
 	var log bytes.Buffer
-	_, p, _, err := openOn(f.db, func(o *provision.Options) { o.Marker = registry.NewMarker(f.db, slog.New(slog.NewTextHandler(&log, nil))) })
+	_, p, _, err := openOn(f.db, func(o *provision.Options) {
+		o.Marker = registry.NewMarker(f.db, slog.New(slog.NewTextHandler(&log, nil)))
+	})
 	require.NoError(t, err)
 	f.p = p
 	k := task{Group: "second"}
