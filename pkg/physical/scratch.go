@@ -96,9 +96,10 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 		return nil, err
 	}
 	c = &Cluster{Target: o.Target, Backup: b, role: o.Role, database: o.Database, final: o.Final != ""}
+	made := c // a return with an error has taken c away
 	defer func() {
 		if err != nil {
-			_ = c.remove(context.WithoutCancel(ctx)) // the reason is told already; what stays is found by Leftovers
+			_ = made.remove(context.WithoutCancel(ctx)) // the reason is told already; what stays is found by Leftovers
 			c = nil
 		}
 	}()
