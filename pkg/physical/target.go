@@ -46,19 +46,23 @@ type Window struct {
 
 // Windows are the moments that can be reached, oldest first. Between two of them WAL is missing.
 func (i Info) Windows() (ws []Window) {
+	var last *Stretch
 	for _, b := range i.Backups {
 		if b.Bad != "" {
 			continue
 		}
 		w := Window{From: b.Stop, Until: b.Stop}
-		if s := i.stretch(b); s != nil && s.Until.After(w.Until) {
+		s := i.stretch(b)
+		if s != nil && s.Until.After(w.Until) {
 			w.Until = s.Until
 		}
-		if n := len(ws); n > 0 && !w.From.After(ws[n-1].Until) {
+		// Between two backups of one stretch nothing is missing, also where an engine tells times by the second.
+		if n := len(ws); n > 0 && (s != nil && s == last || !w.From.After(ws[n-1].Until)) {
 			ws[n-1].Until = later(ws[n-1].Until, w.Until)
-			continue
+		} else {
+			ws = append(ws, w)
 		}
-		ws = append(ws, w)
+		last = s
 	}
 	return ws
 }
