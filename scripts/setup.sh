@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what `make dev` needs beside Go and is not on this machine: PostgreSQL and Redis, from the distribution's
-# packages. With --ci also what the tests need: PgBouncer, tmux, a C compiler for the race detector, and of the package prometheus
+# packages. With --ci also what the tests need: PgBouncer, pgBackRest, tmux, a C compiler for the race detector, and of the package prometheus
 # promtool alone, into /usr/local/bin: the rest is a server and 80 MB of what its pages need.
 # It says nothing and takes no time when everything is there. The packages' own servers are neither made nor started.
 set -euo pipefail
@@ -27,6 +27,7 @@ has_postgres || missing+=(postgresql)
 has redis-server || missing+=(redis-server)
 if [ "${1:-}" = --ci ]; then
   has pgbouncer || missing+=(pgbouncer)
+  has pgbackrest || missing+=(pgbackrest)
   has tmux || missing+=(tmux)
   has "${CC:-gcc}" || has clang || missing+=(gcc libc6-dev)
 fi

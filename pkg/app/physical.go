@@ -99,6 +99,8 @@ func (a *App) engine(k Cluster) (physical.Engine, error) {
 	switch c.Engine {
 	case physical.FilesName:
 		return physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(c.Dir, k.Name), URL: k.url})
+	case physical.PgBackRestName:
+		return physical.NewPgBackRest(physical.PgBackRestOptions{Dir: filepath.Join(c.Dir, k.Name), URL: k.url, Stanza: c.Stanza, Config: c.Config})
 	}
 	return nil, fault.New(fault.Invalid, "there is no engine %q", c.Engine).WithCode("setting")
 }
