@@ -856,7 +856,7 @@ func TestFullKnowsTheSharedTables(t *testing.T) {
 		"runs", "tasks", "marks", // runs are over
 		"schedules",                                // what the configuration says is due from now on
 		"usage_marks",                              // of servers that wrote here
-		"restore_points",                           // in the WAL of the clusters here
+		"restore_points", "physical_proofs",        // about the WAL and the backups of the clusters here
 		"holds", "held", "installation", "readers", // this database's own
 		"placements", "progress", "undo_points", "replaced", "moved", // where what is not restored lies
 	}
