@@ -540,16 +540,11 @@ type Segment struct {
 	At   time.Time // when it was archived
 }
 
-// Stretches puts segments together that follow each other, whatever their timelines.
+// Stretches puts segments together that follow each other on one timeline: what another timeline has there fills no gap.
 func Stretches(segments []Segment) (found []Stretch) {
-	slices.SortFunc(segments, func(a, b Segment) int {
-		if c := strings.Compare(a.Name[8:], b.Name[8:]); c != 0 {
-			return c
-		}
-		return strings.Compare(a.Name, b.Name)
-	})
+	slices.SortFunc(segments, func(a, b Segment) int { return strings.Compare(a.Name, b.Name) })
 	for i, s := range segments {
-		if i > 0 && segmentNumber(s.Name) <= segmentNumber(segments[i-1].Name)+1 {
+		if i > 0 && timelineOf(s.Name) == timelineOf(segments[i-1].Name) && segmentNumber(s.Name) == segmentNumber(segments[i-1].Name)+1 {
 			last := &found[len(found)-1]
 			last.Last, last.Until, last.Bytes = s.Name, later(last.Until, s.At), last.Bytes+SegmentSize
 			continue

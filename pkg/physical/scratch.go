@@ -336,7 +336,7 @@ func (c *Cluster) diagnose(info Info) error {
 			until = "at " + strings.TrimSpace(m[1]) + "Z"
 		}
 		f := fault.New(fault.NotFound, "%s cannot be reached: the last transaction in the archived WAL was committed %s", c.Target, until)
-		if s := info.stretch(c.Backup); s != nil && info.archivedAfter(c.Backup, s.Until) {
+		if s := info.stretch(c.Backup); s != nil && info.gapAfter(c.Backup) {
 			return f.WithCode("wal_missing").WithHint("WAL is missing behind %s; %s", s.Last, info.reach())
 		}
 		return f.WithCode("target_not_reached").WithHint("an earlier moment, or: is all WAL archived? oneo backup physical list")

@@ -3,6 +3,7 @@ package physical
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -46,23 +47,20 @@ type Window struct {
 
 // Windows are the moments that can be reached, oldest first. Between two of them WAL is missing.
 func (i Info) Windows() (ws []Window) {
-	var last *Stretch
-	for _, b := range i.Backups {
-		if b.Bad != "" {
+	var end string // of the last window's WAL
+	for _, b := range i.usable() {
+		w, s := Window{From: b.Stop, Until: b.Stop}, i.stretch(b)
+		if s != nil {
+			w.Until = later(w.Until, s.Until)
+		}
+		// Backups that the same WAL follows are one window, whatever the clocks said.
+		if n := len(ws); n > 0 && s != nil && s.Last == end {
+			ws[n-1].Until = later(ws[n-1].Until, w.Until)
 			continue
 		}
-		w := Window{From: b.Stop, Until: b.Stop}
-		s := i.stretch(b)
-		if s != nil && s.Until.After(w.Until) {
-			w.Until = s.Until
+		if ws, end = append(ws, w), ""; s != nil {
+			end = s.Last
 		}
-		// Between two backups of one stretch nothing is missing, also where an engine tells times by the second.
-		if n := len(ws); n > 0 && (s != nil && s == last || !w.From.After(ws[n-1].Until)) {
-			ws[n-1].Until = later(ws[n-1].Until, w.Until)
-		} else {
-			ws = append(ws, w)
-		}
-		last = s
 	}
 	return ws
 }
@@ -74,52 +72,92 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// stretch is the WAL that follows a backup; nil: it is not archived.
-func (i Info) stretch(b Backup) *Stretch {
-	start := b.StartLSN.Segment(b.Timeline, SegmentSize)
-	for k := range i.WAL {
-		// A name without its timeline is the segment's place.
-		if i.WAL[k].First[8:] <= start[8:] && start[8:] <= i.WAL[k].Last[8:] {
-			return &i.WAL[k]
+// usable are the backups from which a recovery can be made, oldest first: whole, and of a history that the cluster still has.
+// A recovery follows the latest timeline, and a backup that ended after that one had left its own does not lead there.
+func (i Info) usable() (bs []Backup) {
+	for _, b := range i.Backups {
+		stop := segmentNumber(b.StopLSN.Segment(b.Timeline, SegmentSize))
+		left := slices.ContainsFunc(i.WAL, func(s Stretch) bool {
+			return timelineOf(s.First) > b.Timeline && segmentNumber(s.First) < stop
+		})
+		if b.Bad == "" && !left {
+			bs = append(bs, b)
 		}
 	}
-	return nil
+	slices.SortStableFunc(bs, func(a, b Backup) int { return a.Stop.Compare(b.Stop) })
+	return bs
+}
+
+// stretch is the WAL that follows a backup without a gap, over the promotions that left its timeline; nil: it is not archived.
+func (i Info) stretch(b Backup) (found *Stretch) {
+	start := segmentNumber(b.StartLSN.Segment(b.Timeline, SegmentSize))
+	wal := slices.Clone(i.WAL)
+	slices.SortFunc(wal, func(a, b Stretch) int { return strings.Compare(a.First, b.First) })
+	for _, s := range wal {
+		first, last := segmentNumber(s.First), segmentNumber(s.Last)
+		if found == nil {
+			if timelineOf(s.First) <= b.Timeline && b.Timeline <= timelineOf(s.Last) && first <= start && start <= last {
+				found = &s
+			}
+			continue
+		}
+		// A timeline begins in the segment in which the one before was left, which may have been archived there or not.
+		if timelineOf(s.First) > timelineOf(found.Last) && start <= first && first <= segmentNumber(found.Last)+1 {
+			found.Last, found.Until, found.Bytes = s.Last, s.Until, found.Bytes+s.Bytes
+		}
+	}
+	return found
 }
 
 // SegmentSize is of how many bytes a file of WAL is. initdb --wal-segsize can make it another; such clusters are refused.
 const SegmentSize = 16 << 20
 
-// Choose is the backup from which a target is reached with the least WAL. NotFound: there is none; the fault says what can be reached.
+// Choose is the backup from which a target is reached with the least WAL, some of which may not have been archived yet.
+// NotFound: there is none; the fault says what can be reached.
 func (i Info) Choose(t Target) (Backup, error) {
-	good := slices.DeleteFunc(slices.Clone(i.Backups), func(b Backup) bool { return b.Bad != "" })
-	slices.SortFunc(good, func(a, b Backup) int { return b.Stop.Compare(a.Stop) })
-	if len(good) == 0 {
+	if len(i.Backups) == 0 {
 		return Backup{}, fault.New(fault.NotFound, "there is no physical backup").WithCode("no_physical_backup").WithHint("make one for the next time: oneo backup physical create")
 	}
-	for _, b := range good {
-		if t.Point != "" && b.StopLSN > t.LSN || b.Stop.After(t.Time) {
+	good := i.usable()
+	if len(good) == 0 {
+		return Backup{}, fault.New(fault.NotFound, "none of the physical backups can be used").WithCode("no_physical_backup").
+			WithHint("see why: oneo backup physical list; make one for the next time: oneo backup physical create")
+	}
+	for _, b := range slices.Backward(good) {
+		// A restore point has a place in the WAL, and no clock can put it before the backup.
+		if t.Point != "" && b.StopLSN > t.LSN || t.Point == "" && b.Stop.After(t.Time) {
 			continue
 		}
-		if s := i.stretch(b); s == nil || s.Until.Before(t.Time) {
-			// There may be WAL after a gap: then no backup before it reaches the target.
-			if i.archivedAfter(b, t.Time) {
-				return Backup{}, fault.New(fault.NotFound, "WAL is missing between the backup %s and %s", b.Label, t).WithCode("wal_missing").WithHint("%s", i.reach())
-			}
+		// A gap is not filled any more, and no older backup gets over it.
+		if !i.stretch(b).reaches(t) && i.gapAfter(b) {
+			return Backup{}, fault.New(fault.NotFound, "WAL is missing between the backup %s and %s", b.Label, t).WithCode("wal_missing").WithHint("%s", i.reach())
 		}
 		return b, nil
 	}
 	return Backup{}, fault.New(fault.NotFound, "%s is before the end of the first physical backup", t).WithCode("before_first_backup").WithHint("%s", i.reach())
 }
 
-// archivedAfter reports whether WAL was archived after a moment, in a stretch that is not the backup's.
-func (i Info) archivedAfter(b Backup, at time.Time) bool {
-	own := i.stretch(b)
-	for k := range i.WAL {
-		if s := &i.WAL[k]; s != own && s.Until.After(at) && (own == nil || s.From.After(own.Until)) {
-			return true
-		}
+// reaches reports whether the target is in the WAL.
+func (s *Stretch) reaches(t Target) bool {
+	switch {
+	case s == nil:
+		return false
+	case t.Point != "":
+		// The LSN is where the record of the point ends.
+		return segmentNumber((t.LSN-1).Segment(1, SegmentSize)) <= segmentNumber(s.Last)
 	}
-	return false
+	return !s.Until.Before(t.Time)
+}
+
+// gapAfter reports whether WAL was archived that lies behind what follows a backup without a gap.
+func (i Info) gapAfter(b Backup) bool {
+	end := b.StartLSN.Segment(b.Timeline, SegmentSize)
+	if s := i.stretch(b); s != nil {
+		end = s.Last
+	}
+	return slices.ContainsFunc(i.WAL, func(s Stretch) bool {
+		return timelineOf(s.Last) >= timelineOf(end) && segmentNumber(s.Last) > segmentNumber(end)
+	})
 }
 
 // reach says what can be reached, as a hint.
@@ -141,17 +179,29 @@ func (i Info) Replayed(b Backup) int64 {
 	if s == nil {
 		return 0
 	}
-	n := segmentNumber(s.Last) - segmentNumber(b.StartLSN.Segment(b.Timeline, SegmentSize)) + 1
-	return max(0, n) * SegmentSize
+	return (segmentNumber(s.Last) - segmentNumber(b.StartLSN.Segment(b.Timeline, SegmentSize)) + 1) * SegmentSize
 }
 
-// segmentNumber is the place of a segment of WAL, counted from the first one, whatever its timeline.
+// segmentNumber is the place of a segment of WAL, counted from the first one, whatever its timeline; 0: the name is none.
 func segmentNumber(name string) int64 {
-	var log, seg int64
-	if _, err := fmt.Sscanf(name[8:24], "%08X%08X", &log, &seg); err != nil {
+	if len(name) != 24 {
 		return 0
 	}
-	return log*(1<<32/SegmentSize) + seg
+	log, err1 := strconv.ParseUint(name[8:16], 16, 32)
+	seg, err2 := strconv.ParseUint(name[16:], 16, 32)
+	if err1 != nil || err2 != nil {
+		return 0
+	}
+	return int64(log)*(1<<32/SegmentSize) + int64(seg) //nolint:gosec // 40 bits
+}
+
+// timelineOf is a segment's; 0: the name is none.
+func timelineOf(name string) uint32 {
+	if len(name) != 24 {
+		return 0
+	}
+	n, _ := strconv.ParseUint(name[:8], 16, 32) // 0 if it cannot be read
+	return uint32(n)
 }
 
 // localForms are how a moment is written, besides as RFC 3339.
@@ -164,11 +214,8 @@ var zoneForms = []string{"Z07", "Z07:00", "Z0700", " Z07", " Z07:00", " Z0700"}
 // the zone, or how long ago it was ("90s", "2h30m"). Invalid: it is none, or the clocks of the zone showed it twice or never.
 func ParseTime(s string, now time.Time, zone *time.Location) (time.Time, error) {
 	s = strings.TrimSpace(s)
-	if d, err := time.ParseDuration(strings.TrimSuffix(s, " ago")); err == nil {
-		if d < 0 {
-			d = -d
-		}
-		return now.Add(-d), nil
+	if d, err := time.ParseDuration(strings.TrimSuffix(s, " ago")); err == nil && !strings.HasPrefix(s, "+") {
+		return now.Add(-d.Abs()), nil
 	}
 	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
 		return t, nil
@@ -202,12 +249,16 @@ func onceIn(wall time.Time, zone *time.Location, s string) (time.Time, error) {
 			found = append(found, t)
 		}
 	}
+	where := zone.String()
+	if zone == time.Local {
+		where = "this machine"
+	}
 	switch len(found) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return time.Time{}, fault.New(fault.Invalid, "the clocks of %s never showed %s: they were put forward", zone, s).WithCode("bad_time").WithHint("give the offset, for example %s+00", s)
+		return time.Time{}, fault.New(fault.Invalid, "the clocks of %s never showed %s: they were put forward", where, s).WithCode("bad_time").WithHint("give the offset, for example %s+00", s)
 	}
-	return time.Time{}, fault.New(fault.Invalid, "the clocks of %s showed %s twice: they were put back", zone, s).WithCode("bad_time").
+	return time.Time{}, fault.New(fault.Invalid, "the clocks of %s showed %s twice: they were put back", where, s).WithCode("bad_time").
 		WithHint("give the offset: %s%s or %s%s", s, found[0].Format("-07:00"), s, found[1].Format("-07:00"))
 }
