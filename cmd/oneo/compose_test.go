@@ -177,7 +177,7 @@ func TestComposeRedisLetsOneoDoItsWork(t *testing.T) {
 	value, found := c.Get(ctx, key)
 	require.True(t, found)
 	require.Equal(t, "value", string(value))
-	c.Add(ctx, key, []byte("other"), time.Minute)
+	c.Add(ctx, key, []byte("other"), time.Now(), time.Minute)
 	rate, err := cache.PublicKey("rate", "id")
 	require.NoError(t, err)
 	require.True(t, c.Allow(ctx, rate, cache.Limit{Count: 1, Per: time.Hour}).Allowed)
@@ -217,7 +217,8 @@ func TestComposeKeepsItsData(t *testing.T) {
 	require.Equal(t, []string{"redis-server", "/etc/redis/redis.conf"}, redis.Command[:2])
 	require.Contains(t, redis.Volumes, "./config/redis.conf:/etc/redis/redis.conf:ro")
 	conf := repositoryFile(t, "config/redis.conf")
-	for _, line := range []string{`dir /data`, `save \d.*`, `appendonly yes`} {
+	for _, line := range []string{`dir /data`, `save \d.*`, `appendonly yes`, `appendfsync everysec`, `aof-use-rdb-preamble yes`,
+		`stop-writes-on-bgsave-error no`, `maxmemory-policy allkeys-lru`} {
 		require.Regexp(t, `(?m)^`+line+`$`, conf, "config/redis.conf")
 	}
 }

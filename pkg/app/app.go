@@ -312,9 +312,9 @@ func (h hostCache) Get(ctx context.Context, host tenant.Host) ([]byte, bool) {
 	return h.c.Get(ctx, k)
 }
 
-func (h hostCache) Add(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration) {
+func (h hostCache) Add(ctx context.Context, host tenant.Host, value []byte, read time.Time, ttl time.Duration) {
 	if k, err := cache.PublicKey("host", host.String()); err == nil {
-		h.c.Add(ctx, k, value, ttl)
+		h.c.Add(ctx, k, value, read, ttl)
 	}
 }
 

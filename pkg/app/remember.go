@@ -62,7 +62,7 @@ func (r remembered) Get(_ context.Context, t tenant.Tenant, kind, id string) ([]
 	return v.value, found
 }
 
-func (r remembered) Add(_ context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration) {
+func (r remembered) Add(_ context.Context, t tenant.Tenant, kind, id string, value []byte, _ time.Time, ttl time.Duration) {
 	if k, ok := r.key(t, kind, id); ok {
 		r.values.SetIfAbsent(k, rememberedValue{value, min(ttl, r.ttl)})
 	}

@@ -399,9 +399,9 @@ func (tc tenantCache) Get(ctx context.Context, t tenant.Tenant, kind, id string)
 	return tc.c.Get(ctx, k)
 }
 
-func (tc tenantCache) Add(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration) {
+func (tc tenantCache) Add(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, read time.Time, ttl time.Duration) {
 	if k, err := tc.key(t, kind, id); err == nil {
-		tc.c.Add(ctx, k, value, ttl)
+		tc.c.Add(ctx, k, value, read, ttl)
 	}
 }
 

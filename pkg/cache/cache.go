@@ -1,10 +1,11 @@
 // Package cache keeps values in Redis under each tenant's prefix, tells the other processes what to forget, and counts
 // for rate limits. It is never needed: a Redis that is away, hangs, was flushed or rolled back is a cache that holds
 // nothing, and costs a process no more than a few failed calls before it is left alone for a second. What a process has
-// set and Redis has not taken it holds itself: it never reads an older value than its own.
+// set and Redis has not taken it holds itself: it never reads an older value than its own. Nor does anybody read a value
+// that was set before Redis was started the last time, from whatever snapshot.
 //
 // Keys are made here only, from parts that are checked: <schema>:<generation>:<kind>:<id> of a tenant and
-// public:<kind>:<id> of the installation. Raising a tenant's generation flushes it.
+// public:<kind>:<id> of the installation, and the run of Redis behind it. Raising a tenant's generation flushes it.
 package cache
 
 import (
@@ -51,6 +52,8 @@ type Cache struct {
 
 	mu        sync.Mutex
 	listeners []func(Message)
+	asked     time.Time // when the run was asked for that is the current one
+	run       atomic.Pointer[run]
 }
 
 // Open makes the client; it connects at the first use. The fault is Invalid when the URL cannot be read.
@@ -82,6 +85,7 @@ func Open(o Options) (*Cache, error) {
 		ro.MaxRetries, ro.DialerRetries, ro.DialTimeout = -1, 1, max(o.Timeout, 200*time.Millisecond)
 		ro.ReadTimeout, ro.WriteTimeout, ro.ContextTimeoutEnabled = o.Timeout, o.Timeout, true
 		ro.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+		ro.OnConnect = c.meet
 		c.client = redis.NewClient(ro)
 		if o.Trace != nil {
 			if err := o.Trace(c.client); err != nil {
@@ -135,14 +139,19 @@ func (c *Cache) do(ctx context.Context, fn func(context.Context) error) error {
 	return err
 }
 
-// Ping asks whether Redis answers. Unavailable: it does not. Without a URL there is nothing to ask.
+// Ping asks whether Redis answers. Unavailable: it does not, or not as it should. Without a URL there is nothing to ask.
 func (c *Cache) Ping(ctx context.Context) error {
 	if c.client == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	if err := c.client.Ping(ctx).Err(); err != nil {
+	var said redis.Error
+	err := c.client.Ping(ctx).Err()
+	switch {
+	case errors.As(err, &said):
+		return fault.Wrap(err, fault.Unavailable, "Redis refuses what it is asked: %s", said).WithCode("redis_refuses")
+	case err != nil:
 		return fault.Wrap(err, fault.Unavailable, "Redis does not answer").WithCode("redis_unreachable")
 	}
 	return nil
@@ -151,7 +160,7 @@ func (c *Cache) Ping(ctx context.Context) error {
 // Key is a key that this package made.
 type Key struct{ s string }
 
-// String is the key as Redis knows it.
+// String is the key as Redis knows it, up to the run of Redis behind its end.
 func (k Key) String() string { return k.s }
 
 const maxPart = 200
@@ -202,8 +211,8 @@ func (c *Cache) Get(ctx context.Context, k Key) ([]byte, bool) {
 		c.misses.Add(1)
 		return nil, false
 	}
-	err := c.do(ctx, func(ctx context.Context) (err error) {
-		v, err = c.client.Get(ctx, k.s).Bytes()
+	err := c.named(ctx, k.s, func(ctx context.Context, name string, _ *run) (err error) {
+		v, err = c.client.Get(ctx, name).Bytes()
 		return err
 	})
 	if err != nil {
@@ -232,17 +241,21 @@ func (c *Cache) Set(ctx context.Context, k Key, value []byte, ttl time.Duration)
 }
 
 func (c *Cache) set(ctx context.Context, key string, value []byte, ttl time.Duration) error {
-	return c.do(ctx, func(ctx context.Context) error { return c.client.Set(ctx, key, value, ttl).Err() })
+	return c.named(ctx, key, func(ctx context.Context, name string, _ *run) error { return c.client.Set(ctx, name, value, ttl).Err() })
 }
 
-// Add stores a value for ttl, at most MaxTTL, unless there is one. It is for what was read: what fails is a cache that
-// holds nothing. There is no Delete: what was read before a change could be added right after it.
-func (c *Cache) Add(ctx context.Context, k Key, value []byte, ttl time.Duration) {
+// Add stores a value for ttl, at most MaxTTL, unless there is one. It is for what was read, since the moment read: what
+// fails is a cache that holds nothing, and what was read before this Redis was met is not stored, since a change of it
+// may have been told to the one before. There is no Delete: what was read before a change could be added right after it.
+func (c *Cache) Add(ctx context.Context, k Key, value []byte, read time.Time, ttl time.Duration) {
 	if ttl < time.Millisecond {
 		return
 	}
-	_ = c.do(ctx, func(ctx context.Context) error { // best effort, counted by the breaker
-		return c.client.SetArgs(ctx, k.s, value, redis.SetArgs{Mode: "NX", TTL: min(ttl, MaxTTL)}).Err()
+	_ = c.named(ctx, k.s, func(ctx context.Context, name string, in *run) error { // best effort, counted by the breaker
+		if read.Before(in.since) {
+			return nil
+		}
+		return c.client.SetArgs(ctx, name, value, redis.SetArgs{Mode: "NX", TTL: min(ttl, MaxTTL)}).Err()
 	})
 }
 

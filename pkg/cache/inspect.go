@@ -19,9 +19,32 @@ type Server struct {
 	Used    int64  // bytes
 	Max     int64  // bytes; 0: no bound
 	Policy  string // what goes when it is full, as in redis.conf
-	Refuses bool   // its last snapshot failed, or its append-only file cannot be written: it may take no writes
+	Run     string // what its life since its start is called; empty: it does not say, and what it had before that is believed
+	// Persistence is what it writes to its disk.
+	Persistence Persistence
 	// At is the time by its clock.
 	At time.Time
+}
+
+// Persistence is what Redis keeps for its next start, and how that went last.
+type Persistence struct {
+	SnapshotFailed bool // the last one
+	Saving         bool // one is being written
+	Saved          time.Time
+	Changes        int64 // since Saved
+	// Rules say when a snapshot is due. Those and Stops are known only with Asked: this user may ask.
+	Rules []SaveRule
+	Stops bool // it takes no writes while snapshots fail
+	Asked bool
+	Log   bool // there is an append-only file
+	// LogFailed: it cannot be written, so that Redis takes no writes. RewriteFailed: it grows.
+	LogFailed, RewriteFailed bool
+}
+
+// SaveRule makes a snapshot due when so long after the last one there are so many changes.
+type SaveRule struct {
+	After   time.Duration
+	Changes int64
 }
 
 // Inspect asks Redis what it is. Unavailable: it does not answer; Forbidden: this user may not ask, and At may be all that
@@ -46,10 +69,37 @@ func (c *Cache) Inspect(ctx context.Context) (s Server, err error) {
 	if name := info["server_name"]; name != "" && name != "redis" {
 		s.Fork = name
 	}
-	s.Refuses = info["rdb_last_bgsave_status"] == "err" || info["aof_last_write_status"] == "err"
-	s.Used, _ = strconv.ParseInt(info["used_memory"], 10, 64) // not said: 0
-	s.Max, _ = strconv.ParseInt(info["maxmemory"], 10, 64)
+	s.Run = info["run_id"]
+	number := func(k string) int64 { n, _ := strconv.ParseInt(info[k], 10, 64); return n } // not said: 0
+	s.Persistence = Persistence{
+		SnapshotFailed: info["rdb_last_bgsave_status"] == "err", Saving: info["rdb_bgsave_in_progress"] == "1",
+		Saved: time.Unix(number("rdb_last_save_time"), 0), Changes: number("rdb_changes_since_last_save"),
+		Log: info["aof_enabled"] == "1", LogFailed: info["aof_last_write_status"] == "err", RewriteFailed: info["aof_last_bgrewrite_status"] == "err",
+	}
+	c.saveRules(ctx, &s.Persistence)
+	s.Used, s.Max = number("used_memory"), number("maxmemory")
 	return s, nil
+}
+
+// saveRules asks for what is configured; few users may.
+func (c *Cache) saveRules(ctx context.Context, p *Persistence) {
+	conf := map[string]string{}
+	for _, name := range []string{"save", "stop-writes-on-bgsave-error"} {
+		got, err := c.client.ConfigGet(ctx, name).Result()
+		if err != nil {
+			return
+		}
+		conf[name] = got[name]
+	}
+	p.Asked, p.Stops = true, conf["stop-writes-on-bgsave-error"] == "yes"
+	words := strings.Fields(conf["save"])
+	for i := 0; i+1 < len(words); i += 2 {
+		seconds, err1 := strconv.Atoi(words[i])
+		changes, err2 := strconv.ParseInt(words[i+1], 10, 64)
+		if err1 == nil && err2 == nil {
+			p.Rules = append(p.Rules, SaveRule{time.Duration(seconds) * time.Second, changes})
+		}
+	}
 }
 
 // refused tells a Redis that does not answer from one that does not let this user.

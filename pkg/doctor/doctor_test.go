@@ -228,13 +228,13 @@ func TestARedisThatIsAway(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, away.Close()) })
 	rep := f.run(t, func(o *doctor.Options) { o.Cache, o.Only = away, []string{doctor.Redis, doctor.Configuration} })
-	require.Equal(t, []string{"redis-reach", "redis-memory", "redis-version", "redis-keys", "redis-clock"}, found(rep))
+	require.Equal(t, []string{"redis-reach", "redis-memory", "redis-persistence", "redis-version", "redis-keys", "redis-clock"}, found(rep))
 	require.Equal(t, doctor.Fail, result(t, rep, "redis-reach").Status)
 	require.NotContains(t, result(t, rep, "redis-reach").Message, "sesame")
 
 	// A user who may serve and no more: nothing is wrong with that.
 	ctx := context.Background()
-	require.NoError(t, f.redis.Do(ctx, "acl", "setuser", "server", "on", ">words", "~*", "&oneo:*", "-@all", "+get", "+set", "+ping", "+time", "+hello", "+auth", "+select", "+client|setname").Err())
+	require.NoError(t, f.redis.Do(ctx, "acl", "setuser", "server", "on", ">words", "~*", "&oneo:*", "-@all", "+get", "+set", "+ping", "+time", "+hello", "+auth", "+select", "+client|setname", "+info").Err())
 	u := strings.Replace(f.o.Config.Redis.URL, "redis://:"+f.redis.Options().Password, "redis://server:words", 1)
 	serving, err := cache.Open(cache.Options{URL: u, Timeout: 30 * time.Second})
 	require.NoError(t, err)
@@ -243,11 +243,19 @@ func TestARedisThatIsAway(t *testing.T) {
 	require.Empty(t, found(rep))
 	require.Equal(t, doctor.OK, result(t, rep, "redis-reach").Status)
 	require.Equal(t, doctor.Skipped, result(t, rep, "redis-keys").Status)
+
+	// But without info the servers do not notice that it was started again.
+	require.NoError(t, f.redis.Do(ctx, "acl", "setuser", "server", "-info").Err())
+	rep = f.run(t, func(o *doctor.Options) { o.Cache, o.Only = serving, []string{doctor.Redis} })
+	require.Equal(t, []string{"redis-persistence"}, found(rep))
+	require.Equal(t, doctor.Warn, result(t, rep, "redis-persistence").Status)
+	require.Contains(t, result(t, rep, "redis-persistence").Message, "does not say since when it runs")
 }
 
 // TestJudgements are of what cannot be planted: servers of other versions, old rows, full disks, clocks that are apart.
 func TestJudgements(t *testing.T) {
 	now := time.Now()
+	hourly := []cache.SaveRule{{After: time.Hour, Changes: 1}}
 	for _, c := range []struct {
 		name  string
 		judge func() doctor.Result
@@ -290,6 +298,36 @@ func TestJudgements(t *testing.T) {
 		{"redis that is full", func() doctor.Result {
 			return doctor.Judged(doctor.Memory(cache.Server{Policy: "noeviction", Max: 100, Used: 95}))
 		}, doctor.Fail, "refuses writes"},
+		{"redis that saves", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Rules: hourly, Log: true, Saved: now.Add(-65 * time.Minute), Changes: 7}, now))
+		}, doctor.OK, "snapshots and an append-only file"},
+		{"redis without a change", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Rules: hourly, Saved: now.Add(-time.Hour * 100)}, now))
+		}, doctor.OK, "snapshots"},
+		{"redis that is saving", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Rules: hourly, Saved: now.Add(-2 * time.Hour), Changes: 7, Saving: true}, now))
+		}, doctor.OK, "snapshots"},
+		{"redis whose snapshot is late", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Rules: hourly, Saved: now.Add(-2 * time.Hour), Changes: 7}, now))
+		}, doctor.Warn, "2h0m0s old, with 7 changes"},
+		{"redis whose snapshot failed", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Rules: hourly, SnapshotFailed: true}, now))
+		}, doctor.Warn, "could not write its last snapshot"},
+		{"redis that stops", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Stops: true, SnapshotFailed: true}, now))
+		}, doctor.Fail, "refuses writes"},
+		{"redis that may stop", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{SnapshotFailed: true}, now))
+		}, doctor.Warn, "could not write its last snapshot"},
+		{"redis whose disk is full", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Log: true, LogFailed: true}, now))
+		}, doctor.Fail, "append-only file, and refuses writes"},
+		{"redis whose log grows", func() doctor.Result {
+			return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true, Log: true, RewriteFailed: true}, now))
+		}, doctor.Warn, "grows"},
+		{"redis that keeps nothing", func() doctor.Result { return doctor.Judged(doctor.Persistence(cache.Persistence{Asked: true}, now)) }, doctor.OK, "nothing"},
+		{"redis that does not say its run", func() doctor.Result { return doctor.Judged(doctor.Run("")) }, doctor.Warn, "up to 30s"},
+		{"redis that says its run", func() doctor.Result { return doctor.Judged(doctor.Run("0a1b")) }, doctor.OK, ""},
 		{"mended redis", func() doctor.Result { return doctor.Judged(doctor.RedisVersion(cache.Server{Version: "7.2.11"})) }, doctor.OK, ""},
 		{"redis with a hole", func() doctor.Result { return doctor.Judged(doctor.RedisVersion(cache.Server{Version: "7.2.4"})) }, doctor.Warn, "CVE-2025-49844"},
 		{"the distribution's redis", func() doctor.Result { return doctor.Judged(doctor.RedisVersion(cache.Server{Version: "7.0.15"})) }, doctor.OK, "distribution"},
@@ -319,7 +357,8 @@ func TestKeysAreTold(t *testing.T) {
 	is, was := map[string]bool{"acme": true}, map[string]bool{"old": true}
 	for key, want := range map[string]string{
 		"acme:1:host:x": "ours", "public:host:acme.localhost": "ours", "rate:public:rate:0a1b": "ours", "old:7:session:y": "gone",
-		"other:1:host:x": "foreign", "acme:one:host:x": "foreign", "acme": "foreign", "acme:1:host": "foreign", "acme:1:host:x:y": "foreign",
+		"other:1:host:x": "foreign", "acme:one:host:x": "foreign", "acme": "foreign", "acme:1:host": "foreign", "acme:1:host:x:0a1b": "ours", "acme:1:host:x:0a1b:y": "foreign",
+		"public:host:acme.localhost:0a1b": "ours", "public:host:acme.localhost:0a1b:y": "foreign", "old:7:session:y:0a1b": "gone",
 		"public:host": "foreign", "sess:1234": "foreign", "": "foreign", "acme:1:a\n:b": "ours",
 	} {
 		require.Equal(t, want, doctor.KeyOf(key, is, was), "%q", key)

@@ -36,7 +36,11 @@ var (
 	}
 	Memory       = func(s cache.Server) func(*report) { return func(r *report) { judgeMemory(r, s) } }
 	RedisVersion = func(s cache.Server) func(*report) { return func(r *report) { judgeRedis(r, s) } }
-	Clock        = func(theirs, before, after time.Time, grain time.Duration) func(*report) {
+	Run          = func(run string) func(*report) { return func(r *report) { judgeRun(r, 30*time.Second, run) } }
+	Persistence  = func(p cache.Persistence, now time.Time) func(*report) {
+		return func(r *report) { judgePersistence(r, p, now) }
+	}
+	Clock = func(theirs, before, after time.Time, grain time.Duration) func(*report) {
 		return func(r *report) { judgeClock(r, "main", "it", moment{theirs, before, after, grain}) }
 	}
 )

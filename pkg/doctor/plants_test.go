@@ -17,6 +17,7 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/cache"
 	"github.com/oneo-crm/oneo/pkg/config"
+	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/doctor"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
@@ -403,6 +404,36 @@ func (f *fleet) roundAgain(t *testing.T) {
 		rep := f.run(t)
 		require.Equal(t, []string{"redis-memory"}, found(rep))
 		require.NoError(t, f.redis.ConfigSet(ctx, "maxmemory-policy", "allkeys-lru").Err())
+	})
+	t.Run("redis-persistence", func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "redis")
+		require.NoError(t, os.Mkdir(dir, 0o700))
+		r, err := devstack.StartRedis(ctx, devstack.RedisOptions{Dir: dir, Conf: map[string]string{"save": "3600 1", "stop-writes-on-bgsave-error": "no"}})
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = r.Kill() }) // in order it would save first
+		c, err := cache.Open(cache.Options{URL: r.URL(), Timeout: 30 * time.Second})
+		require.NoError(t, err)
+		t.Cleanup(func() { require.NoError(t, c.Close()) })
+		ro, err := redis.ParseURL(r.URL())
+		require.NoError(t, err)
+		raw := redis.NewClient(ro)
+		t.Cleanup(func() { require.NoError(t, raw.Close()) })
+		this := func(o *doctor.Options) { o.Cache, o.Config.Redis.URL, o.Only = c, r.URL(), []string{doctor.Redis} }
+		rep := f.run(t, this)
+		require.Empty(t, found(rep))
+		require.Equal(t, "keeps snapshots", result(t, rep, "redis-persistence").Message)
+		require.NoError(t, os.RemoveAll(dir))
+		require.NoError(t, raw.BgSave(ctx).Err())
+		require.Eventually(t, func() bool { s, err := c.Inspect(ctx); return err == nil && s.Persistence.SnapshotFailed }, pgtest.Patience, 10*time.Millisecond)
+		res := result(t, f.run(t, this), "redis-persistence")
+		require.Equal(t, doctor.Warn, res.Status, res.Message)
+		require.NoError(t, raw.ConfigSet(ctx, "stop-writes-on-bgsave-error", "yes").Err())
+		rep = f.run(t, this)
+		require.Equal(t, []string{"redis-reach", "redis-persistence"}, found(rep))
+		require.Contains(t, result(t, rep, "redis-reach").Message, "MISCONF")
+		res = result(t, rep, "redis-persistence")
+		require.Equal(t, doctor.Fail, res.Status, res.Message)
+		require.Contains(t, res.Findings[0].Repair, "config/redis.conf")
 	})
 	t.Run("redis-keys", func(t *testing.T) {
 		f.sql(t, `insert into public.tenants (slug, schema, state) values ('former', 'former', 'purged')`)

@@ -17,6 +17,7 @@ import (
 var redisChecks = []Check{
 	{Name: "redis-reach", Group: Redis, About: "Redis answers and takes writes", run: checkRedis},
 	{Name: "redis-memory", Group: Redis, About: "a full Redis lets old values go instead of refusing new ones", run: checkRedisMemory},
+	{Name: "redis-persistence", Group: Redis, About: "what Redis keeps across a restart is written, and not taken for the truth after one", run: checkRedisPersistence},
 	{Name: "redis-version", Group: Redis, About: "Redis has the security fixes that this binary knows of", run: checkRedisVersion},
 	{Name: "redis-keys", Group: Redis, About: "every key is a tenant's or the installation's, and ends by itself", run: checkRedisKeys},
 	{Name: "redis-clock", Group: Redis, About: "Redis's clock and this machine's agree", run: checkRedisClock},
@@ -51,6 +52,11 @@ func checkRedis(ctx context.Context, d *Doctor, r *report) error {
 		return nil
 	}
 	if err := d.o.Cache.Ping(ctx); err != nil {
+		if f := fault.Of(err); f.Code == "redis_refuses" {
+			d.reached = true
+			r.found(Fail, "", "mend what it says", "at %s, %s", d.o.Cache, f.Message)
+			return nil
+		}
 		r.found(Fail, "", "start it, or look at redis.url; oneo serves without it, and slower", "Redis at %s does not answer", d.o.Cache)
 		return nil
 	}
@@ -62,8 +68,6 @@ func checkRedis(ctx context.Context, d *Doctor, r *report) error {
 		return err
 	case s.Replica:
 		r.found(Fail, "", "let redis.url lead to the primary", "Redis is a replica and takes no writes: caches stay empty, and limits are not shared")
-	case s.Refuses:
-		r.found(Fail, "", "free its disk; INFO persistence says what failed", "Redis could not write its snapshot or log, and may refuse writes")
 	}
 	r.ok("%s answers", d.o.Cache)
 	return nil
@@ -90,6 +94,73 @@ func judgeMemory(r *report, s cache.Server) {
 			"a full Redis refuses writes (noeviction, %s of %s used): servers would believe for a while what others have changed", size(s.Used), size(s.Max))
 	default: // what is evicted near the bound is what it is for
 		r.ok("%s of %s used, %s", size(s.Used), size(s.Max), s.Policy)
+	}
+}
+
+func checkRedisPersistence(ctx context.Context, d *Doctor, r *report) error {
+	if d.noRedis(r) {
+		return nil
+	}
+	s, err := d.o.Cache.Inspect(ctx)
+	switch {
+	case fault.Is(err, fault.Forbidden):
+		judgeRun(r, d.o.Config.Cache.SharedTTL, "")
+	case err != nil:
+		return err
+	default:
+		judgeRun(r, d.o.Config.Cache.SharedTTL, s.Run)
+		judgePersistence(r, s.Persistence, s.At)
+	}
+	return nil
+}
+
+// judgeRun is about what servers go by to leave alone what Redis has from before its start.
+func judgeRun(r *report, ttl time.Duration, run string) {
+	if run == "" {
+		r.found(Warn, "", "allow the user of redis.url info, as docker-compose.yml does",
+			"Redis does not say since when it runs: started from an old snapshot, it is believed for up to %s, sessions that have ended among it", ttl)
+	}
+}
+
+// saveSlack is how much later than due a snapshot may be: one that is being tried again, or waits for another.
+const saveSlack = 10 * time.Minute
+
+func judgePersistence(r *report, p cache.Persistence, now time.Time) {
+	const as = "; save, appendonly and stop-writes-on-bgsave-error as in config/redis.conf"
+	switch {
+	case p.LogFailed:
+		r.found(Fail, "", "free its disk, or let it write there"+as, "Redis cannot write its append-only file, and refuses writes")
+	case p.RewriteFailed:
+		r.found(Warn, "", "free its disk and memory: its log says which", "Redis could not rewrite its append-only file, which grows until it can")
+	}
+	switch {
+	case p.SnapshotFailed && p.Stops:
+		r.found(Fail, "", "free its disk and memory: its log says which"+as, "Redis could not write its last snapshot, and refuses writes")
+	case p.SnapshotFailed: // whether it takes writes, redis-reach has seen
+		r.found(Warn, "", "free its disk and memory: its log says which", "Redis could not write its last snapshot; the one before is of %s", p.Saved.UTC().Format(time.DateTime))
+	default:
+		for _, rule := range p.Rules {
+			if age := now.Sub(p.Saved); !p.Saving && p.Changes >= rule.Changes && age > rule.After+saveSlack {
+				r.found(Warn, "", "look into its log for why it does not save", "the last snapshot of Redis is %s old, with %d changes since; it was due after %s",
+					age.Round(time.Second), p.Changes, rule.After)
+				break
+			}
+		}
+	}
+	var kept []string
+	if len(p.Rules) > 0 {
+		kept = append(kept, "snapshots")
+	}
+	if p.Log {
+		kept = append(kept, "an append-only file")
+	}
+	switch {
+	case len(kept) > 0:
+		r.ok("keeps %s", strings.Join(kept, " and "))
+	case p.Asked:
+		r.ok("keeps nothing across a restart, which counts alone would outlive")
+	default:
+		r.ok("no append-only file; this user may not ask for more")
 	}
 }
 
@@ -229,14 +300,15 @@ const (
 )
 
 // keyOf tells whose a key is, by the schemas of the tenants that there are and that were. Keys are as pkg/cache makes
-// them: <schema>:<generation>:<kind>:<id>, public:<kind>:<id>, and the latter behind rate: where something is counted.
+// them: <schema>:<generation>:<kind>:<id> and public:<kind>:<id>, with the run of Redis behind it where that is known, and
+// the latter behind rate: where something is counted.
 func keyOf(key string, is, was map[string]bool) keyKind {
 	key = strings.TrimPrefix(key, "rate:public:")
 	parts := strings.Split(key, ":")
-	switch {
-	case parts[0] == "public" && len(parts) == 3, len(parts) == 2 && parts[0] == "rate":
+	switch n := len(parts); {
+	case parts[0] == "public" && (n == 3 || n == 4), parts[0] == "rate" && n == 2:
 		return ourKey
-	case len(parts) != 4:
+	case n != 4 && n != 5:
 		return foreignKey
 	}
 	if _, err := strconv.ParseInt(parts[1], 10, 64); err != nil {

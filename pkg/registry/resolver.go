@@ -18,8 +18,8 @@ import (
 // HostCache is a cache of hosts that all servers share. It may lose anything at any time.
 type HostCache interface {
 	Get(ctx context.Context, host tenant.Host) ([]byte, bool)
-	// Add stores a value unless there is one.
-	Add(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration)
+	// Add stores a value unless there is one, or one may have been lost since the moment read, from which on it was read.
+	Add(ctx context.Context, host tenant.Host, value []byte, read time.Time, ttl time.Duration)
 	// Set stores a value in any case.
 	Set(ctx context.Context, host tenant.Host, value []byte, ttl time.Duration)
 }
@@ -138,7 +138,7 @@ func (r *Resolver) load(ctx context.Context, host tenant.Host) (resolved, error)
 	}
 	if is == absent && !said.tenant.IsZero() {
 		if raw, err := encodeTenant(said.tenant, said.at); err == nil {
-			r.o.Shared.Add(ctx, host, raw, r.o.SharedTTL)
+			r.o.Shared.Add(ctx, host, raw, said.at, r.o.SharedTTL)
 		}
 	}
 	return resolved{tenant: said.tenant}, nil

@@ -221,7 +221,7 @@ func (m *memory) Get(_ context.Context, h tenant.Host) ([]byte, bool) {
 	return v, ok
 }
 
-func (m *memory) Add(_ context.Context, h tenant.Host, v []byte, _ time.Duration) {
+func (m *memory) Add(_ context.Context, h tenant.Host, v []byte, _ time.Time, _ time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if _, there := m.values[h]; !there {

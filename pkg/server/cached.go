@@ -60,7 +60,7 @@ func (s *Server) keep(ctx context.Context, t tenant.Tenant, kind, id string, rea
 	if err != nil {
 		return
 	}
-	s.opts.Cache.Add(ctx, t, kind, id, e, ttl)
+	s.opts.Cache.Add(ctx, t, kind, id, e, read, ttl)
 }
 
 // bar drops a value that has changed and keeps the old one from coming back. Call it after the commit. A Cache that could

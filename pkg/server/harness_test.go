@@ -78,7 +78,7 @@ func (m *memory) Get(_ context.Context, t tenant.Tenant, kind, id string) ([]byt
 	return v, ok
 }
 
-func (m *memory) Add(_ context.Context, t tenant.Tenant, kind, id string, value []byte, _ time.Duration) {
+func (m *memory) Add(_ context.Context, t tenant.Tenant, kind, id string, value []byte, _ time.Time, _ time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if _, there := m.values[m.key(t, kind, id)]; !there {

@@ -67,8 +67,8 @@ type Resolver interface {
 // is a miss; but what was Set here it answers with here. Keys lie in the scope of one tenant; the zero Tenant is the public scope.
 type Cache interface {
 	Get(ctx context.Context, t tenant.Tenant, kind, id string) (value []byte, found bool)
-	// Add stores a value unless there is one.
-	Add(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration)
+	// Add stores a value unless there is one, or one may have been lost since the moment read, from which on it was read.
+	Add(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, read time.Time, ttl time.Duration)
 	// Set stores a value in any case.
 	Set(ctx context.Context, t tenant.Tenant, kind, id string, value []byte, ttl time.Duration)
 }
