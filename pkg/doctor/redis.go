@@ -108,7 +108,9 @@ func checkRedisPersistence(ctx context.Context, d *Doctor, r *report) error {
 	case err != nil:
 		return err
 	default:
-		judgeRun(r, d.o.Config.Cache.SharedTTL, s.Run)
+		if s.Version != "" { // the one inside oneo dev says nothing of itself, and keeps nothing
+			judgeRun(r, d.o.Config.Cache.SharedTTL, s.Run)
+		}
 		judgePersistence(r, s.Persistence, s.At)
 	}
 	return nil
