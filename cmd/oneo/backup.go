@@ -29,7 +29,7 @@ listed, checked or pruned but a lock. `+"`oneo restore`"+` takes a backup's id.
 
 BACKUP is the id of a backup, or the beginning of it.`,
 		"  oneo backup create --all-tenants\n  oneo backup list -t acme\n  oneo backup drill --all-tenants\n  oneo backup prune --keep-daily 7 --keep-weekly 5",
-		newBackupCreateCmd(e), newBackupListCmd(e), newBackupShowCmd(e), newBackupVerifyCmd(e), newBackupDrillCmd(e), newBackupKeepCmd(e), newBackupPruneCmd(e), newBackupScheduleCmd(e))
+		newBackupCreateCmd(e), newBackupListCmd(e), newBackupShowCmd(e), newBackupVerifyCmd(e), newBackupDrillCmd(e), newBackupKeepCmd(e), newBackupPruneCmd(e), newBackupScheduleCmd(e), newBackupPhysicalCmd(e))
 }
 
 // backups opens the store of backups.
@@ -374,9 +374,42 @@ func newBackupKeepCmd(e *env) *cobra.Command {
 	return cmd
 }
 
+// keepOptions are the flags by which a policy is named.
+type keepOptions struct {
+	policy backup.Policy
+	within string
+}
+
+// bind registers the flags.
+func (o *keepOptions) bind(cmd *cobra.Command) {
+	f, p := cmd.Flags(), &o.policy
+	f.IntVar(&p.Last, "keep-last", 0, "keep the newest `N`")
+	f.IntVar(&p.Hourly, "keep-hourly", 0, "keep the last backup of each of the last `N` hours that have one")
+	f.IntVar(&p.Daily, "keep-daily", 0, "keep the last backup of each of the last `N` days that have one")
+	f.IntVar(&p.Weekly, "keep-weekly", 0, "keep the last backup of each of the last `N` weeks that have one")
+	f.IntVar(&p.Monthly, "keep-monthly", 0, "keep the last backup of each of the last `N` months that have one")
+	f.StringVar(&o.within, "keep-within", "", "keep what is at most so much older than the newest: years, months, days and hours, as in `1y6m14d12h`")
+}
+
+// read checks them.
+func (o *keepOptions) read() (backup.Policy, error) {
+	p := o.policy
+	if slices.Min([]int{p.Last, p.Hourly, p.Daily, p.Weekly, p.Monthly}) < 0 {
+		return p, errUsage{fault.New(fault.Invalid, "what is kept must not be below 0")}
+	}
+	if o.within != "" {
+		var err error
+		if p.Within, err = backup.ParseSpan(o.within); err != nil {
+			return p, errUsage{err}
+		}
+	}
+	return p, nil
+}
+
+var errNoPolicy = errUsage{fault.New(fault.Invalid, "no rule says what is kept").WithCode("no_policy").WithHint("add for example --keep-daily 7 --keep-weekly 5")}
+
 type backupPruneOptions struct {
-	policy   backup.Policy
-	within   string
+	keepOptions
 	name     string
 	database bool
 	erased   bool
@@ -403,14 +436,8 @@ went. --keep-within leaves those of tenants that were erased no longer ago. It w
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return backupPrune(cmd.Context(), e, o) },
 	}
+	o.bind(cmd)
 	f := cmd.Flags()
-	p := &o.policy
-	f.IntVar(&p.Last, "keep-last", 0, "keep the newest `N`")
-	f.IntVar(&p.Hourly, "keep-hourly", 0, "keep the last backup of each of the last `N` hours that have one")
-	f.IntVar(&p.Daily, "keep-daily", 0, "keep the last backup of each of the last `N` days that have one")
-	f.IntVar(&p.Weekly, "keep-weekly", 0, "keep the last backup of each of the last `N` weeks that have one")
-	f.IntVar(&p.Monthly, "keep-monthly", 0, "keep the last backup of each of the last `N` months that have one")
-	f.StringVar(&o.within, "keep-within", "", "keep what is at most so much older than the newest: years, months, days and hours, as in `1y6m14d12h`")
 	f.StringVarP(&o.name, "tenant", "t", "", "only backups of the tenant of this `NAME`; default: all that there are")
 	must(cmd.RegisterFlagCompletionFunc("tenant", e.completeTenants))
 	f.BoolVar(&o.database, "database", false, "full backups instead, those of the same groups by the same rules, each as a whole")
@@ -429,15 +456,9 @@ var verdictColumns = []column[backup.Verdict]{
 }
 
 func backupPrune(ctx context.Context, e *env, o backupPruneOptions) error {
-	p := o.policy
-	if slices.Min([]int{p.Last, p.Hourly, p.Daily, p.Weekly, p.Monthly}) < 0 {
-		return errUsage{fault.New(fault.Invalid, "what is kept must not be below 0")}
-	}
-	if o.within != "" {
-		var err error
-		if p.Within, err = backup.ParseSpan(o.within); err != nil {
-			return errUsage{err}
-		}
+	p, err := o.read()
+	if err != nil {
+		return err
 	}
 	if o.erased {
 		if o.database || p != (backup.Policy{Within: p.Within}) {
@@ -446,7 +467,7 @@ func backupPrune(ctx context.Context, e *env, o backupPruneOptions) error {
 		return backupPruneErased(ctx, e, p.Within, o.name, o.dryRun)
 	}
 	if p.IsZero() {
-		return errUsage{fault.New(fault.Invalid, "no rule says what is kept").WithCode("no_policy").WithHint("add for example --keep-daily 7 --keep-weekly 5")}
+		return errNoPolicy
 	}
 	switch {
 	case o.database && o.name != "":

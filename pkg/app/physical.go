@@ -24,10 +24,17 @@ type Cluster struct {
 	Name   string   // of its folder: main, or the first of its groups
 	Groups []string // sorted
 	Engine physical.Engine
+	Where  string // the repository's folder
 
 	url      string // the owner's of one of the groups, past any pooler
 	role     string
 	database string
+	bases    []base
+}
+
+// base is the database of one of a cluster's groups, as its owner reaches it past any pooler.
+type base struct {
+	database, owner, url string
 }
 
 // PhysicalClusters are those of the configuration's groups; main's is the first. Groups with one host and port share a cluster. Invalid:
@@ -53,16 +60,17 @@ func (a *App) PhysicalClusters() ([]Cluster, error) {
 		if err != nil {
 			return nil, fault.New(fault.Invalid, "the connection URL of group %s cannot be read", name).WithCode("bad_url")
 		}
+		b := base{database: direct.Database, owner: owner.User}
+		if b.url, err = withUser(groups[name].DirectURL, owner); err != nil {
+			return nil, err
+		}
 		key := (&url.URL{Host: direct.Host, Fragment: string(rune(direct.Port))}).String()
 		if i, ok := at[key]; ok {
-			clusters[i].Groups = append(clusters[i].Groups, name)
+			clusters[i].Groups, clusters[i].bases = append(clusters[i].Groups, name), append(clusters[i].bases, b)
 			continue
 		}
 		at[key] = len(clusters)
-		k := Cluster{Name: name, Groups: []string{name}, role: owner.User, database: direct.Database}
-		if k.url, err = withUser(groups[name].DirectURL, owner); err != nil {
-			return nil, err
-		}
+		k := Cluster{Name: name, Groups: []string{name}, Where: filepath.Join(c.Dir, name), url: b.url, role: b.owner, database: b.database, bases: []base{b}}
 		if k.Engine, err = a.engine(k); err != nil {
 			return nil, err
 		}
@@ -98,9 +106,9 @@ func (a *App) engine(k Cluster) (physical.Engine, error) {
 	c := a.Config.Backup.Physical
 	switch c.Engine {
 	case physical.FilesName:
-		return physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(c.Dir, k.Name), URL: k.url})
+		return physical.NewFiles(physical.FilesOptions{Dir: k.Where, URL: k.url})
 	case physical.PgBackRestName:
-		return physical.NewPgBackRest(physical.PgBackRestOptions{Dir: filepath.Join(c.Dir, k.Name), URL: k.url, Stanza: c.Stanza, Config: c.Config})
+		return physical.NewPgBackRest(physical.PgBackRestOptions{Dir: k.Where, URL: k.url, Stanza: c.Stanza, Config: c.Config})
 	}
 	return nil, fault.New(fault.Invalid, "there is no engine %q", c.Engine).WithCode("setting")
 }

@@ -37,8 +37,8 @@ func (b *Backups) hook(ctx context.Context, name string, program []string, ev ho
 
 // Tell runs a program with its arguments to its end, in a process group of its own that ends with ctx, or when the timeout is
 // over, and gives it what as JSON on standard input; no program: it does nothing. What configures oneo is taken out of environ,
-// and ONEO_HOOK is name. The program's words are told only when it fails.
-func Tell(ctx context.Context, name string, program, environ []string, timeout time.Duration, what any) error {
+// ONEO_HOOK is name, and more is added. The program's words are told only when it fails.
+func Tell(ctx context.Context, name string, program, environ []string, timeout time.Duration, what any, more ...string) error {
 	if len(program) == 0 {
 		return nil
 	}
@@ -56,7 +56,7 @@ func Tell(ctx context.Context, name string, program, environ []string, timeout t
 			cmd.Env = append(cmd.Env, kv)
 		}
 	}
-	cmd.Env = append(cmd.Env, "ONEO_HOOK="+name)
+	cmd.Env = append(append(cmd.Env, "ONEO_HOOK="+name), more...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = hookWait

@@ -24,6 +24,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/pgserver"
+	"github.com/oneo-crm/oneo/pkg/postgres"
 )
 
 //go:embed scripts/archive
@@ -70,9 +71,18 @@ func (f *Files) path(parts ...string) string {
 	return filepath.Join(append([]string{f.o.Dir}, parts...)...)
 }
 
-// Plan says how the cluster comes to archive into the folder.
+// Plan says how the cluster comes to archive into the folder, and lets itself be copied.
 func (f *Files) Plan(context.Context) (Plan, error) {
+	cfg, err := pgx.ParseConfig(f.o.URL)
+	if err != nil {
+		return Plan{}, fault.New(fault.Invalid, "the URL of the cluster cannot be read").WithCode("bad_url")
+	}
+	hba := "host replication " + postgres.Quote(cfg.User) + " samenet scram-sha-256"
+	if strings.HasPrefix(cfg.Host, "/") {
+		hba = "local replication " + postgres.Quote(cfg.User) + " scram-sha-256"
+	}
 	return Plan{
+		HBA: hba,
 		Settings: map[string]string{
 			"wal_level": "replica", "archive_mode": "on", "archive_timeout": "60s",
 			"archive_command": fmt.Sprintf("'%s' \"%%p\" %%f", f.path("archive")),

@@ -60,6 +60,7 @@ type Cluster struct {
 type about struct {
 	Why    string    `json:"why"`
 	Target string    `json:"target"`
+	Backup string    `json:"backup"` // its label
 	Made   time.Time `json:"made"`
 	Pid    int       `json:"pid"` // of the oneo that made it
 	Kept   *kept     `json:"kept,omitempty"`
@@ -154,7 +155,7 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 	if err := syscall.Flock(int(c.held.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return err
 	}
-	text, err := json.Marshal(about{Why: o.Why, Target: o.Target.String(), Made: time.Now().UTC(), Pid: os.Getpid()})
+	text, err := json.Marshal(about{Why: o.Why, Target: o.Target.String(), Backup: c.Backup.Label, Made: time.Now().UTC(), Pid: os.Getpid()})
 	if err != nil {
 		return err
 	}
