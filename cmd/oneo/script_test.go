@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 
+	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/fault"
 	"github.com/oneo-crm/oneo/pkg/pgserver"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
@@ -57,6 +58,9 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			e.Setenv("SCHEMAS", schemas)
+			if strings.Contains(e.WorkDir, "physical") {
+				return ownServer(e)
+			}
 			env := pgtest.New(e.T().(testing.TB))
 			e.Setenv("ONEO_DATABASE_URL", env.Group.URL)
 			e.Setenv("ONEO_DATABASE_OWNER_URL", env.Group.OwnerURL)
@@ -98,6 +102,14 @@ func TestScripts(t *testing.T) {
 				}
 				ts.Setenv(args[0], value)
 			},
+			// restart-server starts the script's own server again.
+			"restart-server": func(ts *testscript.TestScript, neg bool, args []string) {
+				server, own := ts.Value(serverKey{}).(*devstack.Postgres)
+				if neg || len(args) != 0 || !own {
+					ts.Fatalf("usage: restart-server")
+				}
+				ts.Check(server.Restart(context.Background()))
+			},
 			// elsewhere goes on with another migrated database, as empty as the first one was.
 			"elsewhere": func(ts *testscript.TestScript, neg bool, args []string) {
 				if neg || len(args) != 0 {
@@ -124,6 +136,39 @@ func TestScripts(t *testing.T) {
 			},
 		},
 	})
+}
+
+type serverKey struct{}
+
+// ownServer gives a script a PostgreSQL of its own, whose settings it may change. Nothing is made in it.
+func ownServer(e *testscript.Env) error {
+	dir, err := os.MkdirTemp("", "oneo-physical-") // PostgreSQL's user may enter it
+	if err != nil {
+		return err
+	}
+	e.Defer(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	server, err := devstack.StartPostgres(context.Background(), devstack.PostgresOptions{Dir: dir, Fast: true, Trust: true, Settings: map[string]string{"shared_buffers": "32MB"}})
+	if err != nil {
+		return err
+	}
+	e.Defer(func() { _ = server.Stop(context.Background()) })
+	e.Values[serverKey{}] = server
+	as := func(role string) string {
+		return strings.Replace(server.URL("oneo"), "postgres@", role+"@", 1)
+	}
+	for k, v := range map[string]string{
+		"DIR": dir, "ADMIN_URL": server.URL("oneo"), "ONEO_DATABASE_URL": as("oneo_app"), "ONEO_DATABASE_OWNER_URL": as("oneo_owner"), "ONEO_SERVER_SECRET": pgtest.Secret,
+	} {
+		e.Setenv(k, v)
+	}
+	for _, kv := range patience {
+		k, v, _ := strings.Cut(kv, "=")
+		e.Setenv(k, v)
+	}
+	return nil
 }
 
 func jsonText(v any) string {

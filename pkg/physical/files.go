@@ -136,6 +136,10 @@ func (f *Files) Prepare(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
+	// PostgreSQL's user must come through what is ours.
+	if err := os.MkdirAll(filepath.Dir(f.o.Dir), 0o711); err != nil {
+		return fault.Wrap(err, fault.Forbidden, "the folder of physical backups cannot be made").WithCode("physical_dir")
+	}
 	for _, dir := range []string{f.o.Dir, f.path("base"), f.path("wal")} {
 		if err := f.servant.Own(dir); err != nil {
 			return err
