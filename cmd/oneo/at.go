@@ -111,7 +111,7 @@ func newPhases(e *env, mode string) (*phases, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &phases{e: e, mode: m.mode}, nil
+	return &phases{e: e, mode: m.mode, drawn: time.Now()}, nil
 }
 
 // words are the phases as a person reads them.

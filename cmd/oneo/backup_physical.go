@@ -169,15 +169,24 @@ func physicalPrint(ctx context.Context, e *env, a *app.App, clusters []app.Clust
 
 // sayLines tells what is to be done to a cluster, in lines to copy, those of one place together.
 func sayLines(say func(string), k app.Cluster, needs []app.Need, which func(app.Need) bool) {
-	last := ""
+	last, set := "", false
+	reload := func() {
+		if set {
+			say("select pg_reload_conf();")
+		}
+		set = false
+	}
+	defer reload()
 	for _, n := range needs {
 		if n.Cluster != k.Name || !which(n) || len(n.Do) == 0 {
 			continue
 		}
 		if n.Where != last {
+			reload()
 			say(fmt.Sprintf("-- cluster %s, %s:", k, n.Where))
 			last = n.Where
 		}
+		set = set || n.Reloads
 		for _, line := range n.Do {
 			say(line)
 		}
@@ -221,8 +230,8 @@ var physicalColumns = []column[physicalRow]{
 	{"CLUSTER", "cluster", func(r physicalRow) any { return r.cluster }},
 	{"KIND", "kind", func(r physicalRow) any { return string(r.Kind) }},
 	{"FINISHED", "finished_at", func(r physicalRow) any { return unlessZero(r.Stop) }},
-	{"SIZE", "size_bytes", func(r physicalRow) any { return r.Bytes }},
-	{"STORED", "stored_bytes", func(r physicalRow) any { return r.Stored }},
+	{"SIZE", "size_bytes", func(r physicalRow) any { return bytesOf(r.Bytes) }},
+	{"STORED", "stored_bytes", func(r physicalRow) any { return bytesOf(r.Stored) }},
 }
 
 // unlessZero leaves a time out that there is not.
@@ -602,7 +611,7 @@ var physicalVerdicts = []column[app.PhysicalVerdict]{
 	{"CLUSTER", "cluster", func(v app.PhysicalVerdict) any { return v.Cluster }},
 	{"KIND", "kind", func(v app.PhysicalVerdict) any { return string(v.Kind) }},
 	{"FINISHED", "finished_at", func(v app.PhysicalVerdict) any { return unlessZero(v.Stop) }},
-	{"STORED", "stored_bytes", func(v app.PhysicalVerdict) any { return v.Stored }},
+	{"STORED", "stored_bytes", func(v app.PhysicalVerdict) any { return bytesOf(v.Stored) }},
 	{"STAYS", "stays", func(v app.PhysicalVerdict) any { return v.Keep }},
 	{"FOR", "for", func(v app.PhysicalVerdict) any { return v.Why }},
 }

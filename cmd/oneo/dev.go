@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -23,10 +24,12 @@ import (
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/auth"
+	"github.com/oneo-crm/oneo/pkg/backup"
 	"github.com/oneo-crm/oneo/pkg/config"
 	"github.com/oneo-crm/oneo/pkg/demo"
 	"github.com/oneo-crm/oneo/pkg/devstack"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/physical"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/registry"
@@ -130,11 +133,13 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	if c.Database.URL != "" && c.Server.Secret != "" {
 		set["server.secret"] = c.Server.Secret // the one that the configured database was made with
 	}
-	admin, ours := c.Database.OwnerURL, c.Database.URL == ""
+	admin, ours, archives := c.Database.OwnerURL, c.Database.URL == "", false
 	if ours {
-		pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: o.dir, Settings: map[string]string{
-			"max_locks_per_transaction": "256", "max_connections": "150", "shared_buffers": "128MB",
-		}, Preload: []string{counting}})
+		settings := map[string]string{"max_locks_per_transaction": "256", "max_connections": "150", "shared_buffers": "128MB"}
+		if c.Backup.Physical.Engine == "" {
+			archives = devArchive(ctx, e, o.dir, set, settings)
+		}
+		pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: o.dir, Settings: settings, Preload: []string{counting}})
 		if err != nil {
 			return err
 		}
@@ -177,6 +182,12 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	}
 	// Before the servers that it uses are stopped.
 	stops = append(stops, func(context.Context) error { e.app = nil; return a.Close() })
+	if archives {
+		// Before anything is written that is worth having back.
+		if err := devGrant(ctx, e, a, admin); err != nil {
+			return err
+		}
+	}
 	if err := devFill(ctx, e, a, &state, o); err != nil {
 		return err
 	}
@@ -189,6 +200,9 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	return a.Serve(ctx, app.ServeOptions{Version: versionOf(), Ready: func(string) {
 		e.say("ready in %s\n", time.Since(start).Round(10*time.Millisecond))
 		devWelcome(e, a, state, o)
+		if archives {
+			stops = append(stops, devBackUp(ctx, e, a))
+		}
 	}})
 }
 
@@ -208,6 +222,87 @@ func devCount(ctx context.Context, admin string) error {
 	}
 	_, err = c.Exec(ctx, "create extension if not exists "+counting)
 	return err
+}
+
+// devArchive adds what an archived PostgreSQL is started with, and what a second terminal must know, and reports whether it did: a
+// folder that no archive_command can name has no physical backups.
+func devArchive(ctx context.Context, e *env, dir string, set, settings map[string]string) bool {
+	repository := filepath.Join(dir, "physical")
+	engine, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repository, config.MainGroup), URL: "postgres://"})
+	var plan physical.Plan
+	if err == nil {
+		plan, err = engine.Plan(ctx)
+	}
+	if err != nil {
+		e.say("no physical backups: %s", fault.Of(err).Message)
+		return false
+	}
+	maps.Copy(settings, plan.Settings)
+	set["backup.physical.engine"], set["backup.physical.dir"] = physical.FilesName, repository
+	return true
+}
+
+// devGrant makes the repository, and lets the owner use it. One of another cluster, whose data folder is gone, is put aside.
+func devGrant(ctx context.Context, e *env, a *app.App, admin string) error {
+	clusters, err := a.PhysicalClusters()
+	if err != nil {
+		return err
+	}
+	k := clusters[0]
+	err = a.MeetPhysical(ctx, k, admin)
+	if !fault.Is(err, fault.Conflict) {
+		return err
+	}
+	aside := k.Where + "-" + time.Now().UTC().Format("20060102T150405Z")
+	if err := os.Rename(k.Where, aside); err != nil {
+		return err
+	}
+	e.say("%s: they are in %s now", fault.Of(err).Message, aside)
+	return a.MeetPhysical(ctx, k, admin)
+}
+
+// devKeep is how many physical backups dev keeps, of one a day on which it is started.
+const devKeep = 2
+
+// devBackUp makes a physical backup beside the server where the newest is older than a day, and returns what ends and awaits it.
+func devBackUp(ctx context.Context, e *env, a *app.App) func(context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b, err := devBackedUp(ctx, a)
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
+			e.say("# no physical backup was made: %s", fault.Of(err).Message)
+		case b.Label != "":
+			e.say("# from now on any moment of a tenant can be had back: oneo restore -t NAME --at '10m ago' --diff")
+		}
+	}()
+	return func(context.Context) error {
+		cancel()
+		<-done
+		return nil
+	}
+}
+
+func devBackedUp(ctx context.Context, a *app.App) (b physical.Backup, err error) {
+	clusters, err := a.PhysicalClusters()
+	if err != nil {
+		return b, err
+	}
+	s, err := a.PhysicalState(ctx, clusters[0])
+	if err != nil {
+		return b, err
+	}
+	if good := s.Good(); len(good) > 0 && time.Since(good[len(good)-1].Stop) < 24*time.Hour {
+		return b, nil
+	}
+	if b, _, err = a.CreatePhysical(ctx, clusters[0], physical.CreateOptions{}); err != nil {
+		return b, err
+	}
+	_, err = a.PrunePhysical(ctx, clusters[0], backup.Policy{Last: devKeep})
+	return b, err
 }
 
 // devAddresses checks that the ports are free before anything is started. Operators have the one that is configured, or the
@@ -306,7 +401,7 @@ func writePrivate(path string, text []byte) error {
 func writeEnv(dir string, set map[string]string) error {
 	var b strings.Builder
 	b.WriteString("# For a second terminal: . " + filepath.Join(dir, "oneo.env") + "\n")
-	for _, key := range []string{"database.url", "database.owner_url", "redis.url", "server.secret", "server.public_url"} {
+	for _, key := range []string{"database.url", "database.owner_url", "redis.url", "server.secret", "server.public_url", "backup.physical.engine", "backup.physical.dir"} {
 		if v, ok := set[key]; ok {
 			fmt.Fprintf(&b, "export %s='%s'\n", config.EnvName(key), v)
 		}

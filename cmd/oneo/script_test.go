@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -303,13 +305,26 @@ func TestDev(t *testing.T) {
 	counted, err := inspect.CombinedOutput()
 	require.NoError(t, err, string(counted))
 	require.Contains(t, string(counted), slug)
+	// The tenants can be had back from a second terminal, as soon as the backup is made that was begun behind the welcome.
+	require.Eventually(t, func() bool {
+		list := exec.Command("sh", "-c", `. "$0" && exec env ONEO_TEST_BE_ONEO=1 "$1" backup physical list -o name -q`, filepath.Join(dir, "oneo.env"), first.cmd.Path)
+		text, err := list.Output()
+		require.NoError(t, err)
+		return len(text) > 0
+	}, 3*pgtest.Patience, 200*time.Millisecond, "no physical backup was made:\n%s", first.stderr)
 	require.Equal(t, 0, first.stop(t))
+	// A data folder that was made anew does not stumble over the old one's backups.
+	text, err := os.ReadFile(filepath.Join(dir, "physical", "main", "cluster.json"))
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "physical", "main", "cluster.json"), bytes.Replace(text, []byte(`"system":"`), []byte(`"system":"1`), 1), 0o600))
 
 	ops := twoPorts(t)
 	again := startDev(t, dir, "ONEO_SERVER_OPS_ADDR=127.0.0.1:"+ops)
 	res, err := http.Get("http://127.0.0.1:" + ops + "/livez")
 	require.NoError(t, err, "operators are answered where that is configured")
 	require.NoError(t, res.Body.Close())
+	again := startDev(t, dir)
+	require.Contains(t, again.stderr.String(), "holds backups of another cluster")
 	require.Equal(t, lines, again.curl(t), "a second start keeps data and keys")
 	require.NotContains(t, again.stderr.String(), "TENANT", "a second start seeds nothing")
 	require.Equal(t, 0, again.stop(t))

@@ -221,7 +221,9 @@ func (a *App) VerifyPhysical(ctx context.Context, k Cluster, label string, repor
 	err := k.Engine.Verify(ctx, label, report)
 	var f *fault.Fault
 	if errors.As(err, &f) && f.Kind == fault.Unfit {
-		return fault.Wrap(err, fault.Unverified, "%s", f.Message).WithCode(f.StableCode()).WithHint("%s", f.Hint)
+		bad := *f
+		bad.Kind = fault.Unverified
+		return &bad
 	}
 	return err
 }

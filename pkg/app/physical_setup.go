@@ -46,7 +46,10 @@ type Need struct {
 	// Do is what to do: lines to copy into what Where names.
 	Where string
 	Do    []string
+	// Reloads: the server reads it when it is told to.
+	Reloads bool
 
+	setting  bool
 	database string // of grants
 }
 
@@ -76,7 +79,7 @@ func (a *App) PhysicalPlan(ctx context.Context, k Cluster) ([]Need, error) {
 }
 
 func (k Cluster) setting(name, wants string) Need {
-	return Need{Cluster: k.Name, Check: name, State: NeedMissing, Wants: wants, Where: "any database, as a superuser",
+	return Need{Cluster: k.Name, Check: name, State: NeedMissing, Wants: wants, Reloads: true, setting: true, Where: "any database, as a superuser",
 		Do: []string{"alter system set " + postgres.Quote(name) + " = " + literal(wants) + ";"}}
 }
 
@@ -90,7 +93,7 @@ func (k Cluster) grants(g base, plan physical.Plan) Need {
 }
 
 func (k Cluster) hba(plan physical.Plan) Need {
-	return Need{Cluster: k.Name, Check: "pg_hba", State: NeedMissing, Wants: "a connection for replication", Where: "pg_hba.conf, and then: select pg_reload_conf();", Do: []string{plan.HBA}}
+	return Need{Cluster: k.Name, Check: "pg_hba", State: NeedMissing, Wants: "a connection for replication", Where: "pg_hba.conf", Reloads: true, Do: []string{plan.HBA}}
 }
 
 func (k Cluster) file(path, text string) Need {
@@ -111,7 +114,7 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 	if err != nil {
 		return nil, err
 	}
-	if adminURL != "" && slices.ContainsFunc(needs, func(n Need) bool { return !n.Healthy() }) {
+	if adminURL != "" && lacking(needs) {
 		if err := a.meet(ctx, k, adminURL, needs); err != nil {
 			return nil, err
 		}
@@ -120,7 +123,7 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 			if needs, err = a.physicalNeeds(ctx, k); err != nil {
 				return nil, err
 			}
-			if !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.isSetting() }) || time.Now().After(deadline) {
+			if !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.setting }) || time.Now().After(deadline) {
 				break
 			}
 			select {
@@ -131,7 +134,7 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 		}
 	}
 	proof := Need{Cluster: k.Name, Check: "archiving", State: NeedUnknown, Wants: "WAL comes into the repository"}
-	if !slices.ContainsFunc(needs, func(n Need) bool { return !n.Healthy() }) {
+	if !lacking(needs) {
 		switch err := k.Flush(ctx); {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
@@ -144,8 +147,19 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 	return append(needs, proof), nil
 }
 
-// isSetting reports whether it is one of the server's.
-func (n Need) isSetting() bool { return n.State != NeedOK && strings.HasPrefix(n.Do[0], "alter system ") }
+// MeetPhysical makes a cluster's repository, and sets and grants what is missing, with the URL of a superuser.
+func (a *App) MeetPhysical(ctx context.Context, k Cluster, adminURL string) error {
+	if err := k.Engine.Prepare(ctx); err != nil {
+		return err
+	}
+	needs, err := a.physicalNeeds(ctx, k)
+	if err != nil || !lacking(needs) {
+		return err
+	}
+	return a.meet(ctx, k, adminURL, needs)
+}
+
+func lacking(needs []Need) bool { return slices.ContainsFunc(needs, func(n Need) bool { return !n.Healthy() }) }
 
 // disabled is how PostgreSQL shows archive_command where no WAL is archived, whatever it is.
 const disabled = "(disabled)"
@@ -302,7 +316,7 @@ func (a *App) meet(ctx context.Context, k Cluster, adminURL string, needs []Need
 	for _, n := range needs {
 		switch {
 		case n.Healthy():
-		case n.isSetting():
+		case n.setting:
 			if _, err := admin.Exec(ctx, strings.TrimSuffix(n.Do[0], ";")); err != nil {
 				return refusedAs(err, n)
 			}
