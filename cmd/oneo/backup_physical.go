@@ -664,4 +664,3 @@ func physicalPrune(ctx context.Context, e *env, o physicalPruneOptions) error {
 	e.say("took away %d of %d physical backup(s)", len(gone), len(all))
 	return errors.Join(err, show(e, gone, physicalVerdicts))
 }
-

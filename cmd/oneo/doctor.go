@@ -104,6 +104,10 @@ func examine(ctx context.Context, e *env, o doctorOptions) error {
 		do.Schedules = func(ctx context.Context) ([]doctor.Schedule, error) { return standingOf(ctx, a) }
 		do.Backups = func(ctx context.Context) (doctor.Backups, error) { return backupsFor(ctx, a) }
 	}
+	if a.Config.Backup.Physical.Engine != "" {
+		do.Physical = func(ctx context.Context) ([]doctor.Physical, error) { return physicalOf(ctx, a) }
+		do.Scratch = a.ScratchDir()
+	}
 	if e.output == "table" {
 		do.Told = p.result
 	}
@@ -140,6 +144,29 @@ func examine(ctx context.Context, e *env, o doctorOptions) error {
 		return fault.New(fault.Pending, "%d check(s) warn", odd).WithCode("unhealthy").WithHint("the repair stands under each finding; docs/doctor.md explains the checks")
 	}
 	return nil
+}
+
+// physicalOf is what there is of each cluster's physical backups.
+func physicalOf(ctx context.Context, a *app.App) ([]doctor.Physical, error) {
+	clusters, err := a.PhysicalClusters()
+	if err != nil {
+		return nil, err
+	}
+	list := []doctor.Physical{}
+	for _, k := range clusters {
+		s, err := a.PhysicalState(ctx, k)
+		if err != nil {
+			return nil, err
+		}
+		p := doctor.Physical{Cluster: k.Name, Info: s.Info, Answers: s.Archiver != nil}
+		if r := s.Archiver; r != nil {
+			if p.Archives = r.On; r.Failing() {
+				p.Failing = *r.FailedWAL
+			}
+		}
+		list = append(list, p)
+	}
+	return list, nil
 }
 
 // standingOf is where the schedules of backups stand.

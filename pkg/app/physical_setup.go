@@ -159,7 +159,9 @@ func (a *App) MeetPhysical(ctx context.Context, k Cluster, adminURL string) erro
 	return a.meet(ctx, k, adminURL, needs)
 }
 
-func lacking(needs []Need) bool { return slices.ContainsFunc(needs, func(n Need) bool { return !n.Healthy() }) }
+func lacking(needs []Need) bool {
+	return slices.ContainsFunc(needs, func(n Need) bool { return !n.Healthy() })
+}
 
 // disabled is how PostgreSQL shows archive_command where no WAL is archived, whatever it is.
 const disabled = "(disabled)"

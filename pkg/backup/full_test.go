@@ -854,9 +854,9 @@ func TestFullKnowsTheSharedTables(t *testing.T) {
 	out := []string{
 		"administrator_sessions", "instances", // they would log somebody in, or be taken for alive
 		"runs", "tasks", "marks", // runs are over
-		"schedules",                                // what the configuration says is due from now on
-		"usage_marks",                              // of servers that wrote here
-		"restore_points", "physical_proofs",        // about the WAL and the backups of the clusters here
+		"schedules",                         // what the configuration says is due from now on
+		"usage_marks",                       // of servers that wrote here
+		"restore_points", "physical_proofs", // about the WAL and the backups of the clusters here
 		"holds", "held", "installation", "readers", // this database's own
 		"placements", "progress", "undo_points", "replaced", "moved", // where what is not restored lies
 	}

@@ -136,6 +136,9 @@ type Options struct {
 	Backups   func(context.Context) (Backups, error)
 	// Version is this program's, and Actor who makes repairs, for the audit trail.
 	Version, Actor string
+	// Physical reads what there is of each cluster's physical backups; nil: no engine makes any. Scratch is where clusters are recovered.
+	Physical func(context.Context) ([]Physical, error)
+	Scratch  string
 	// Quick leaves out what takes its time with many tenants.
 	Quick bool
 	// Only narrows to checks or groups of these names; none: all.
@@ -176,8 +179,9 @@ type Doctor struct {
 	// idle is for how long a session may stand still with locks.
 	idle time.Duration
 	// settle is how long work of others may take to be over that explains what was found.
-	settle time.Duration
-	w      *world
+	settle   time.Duration
+	w        *world
+	clusters []Physical // nil: not read yet
 	// stored is when the store wrote an object, by its clock and by ours.
 	stored *moment
 }
@@ -214,7 +218,7 @@ func New(o Options) (*Doctor, error) {
 func Checks() []Check { return slices.Clone(checks) }
 
 // checks is the table; a test holds docs/doctor.md equal to it.
-var checks = slices.Concat(reachChecks, fleetChecks, tenantChecks, serverChecks, redisChecks, storeChecks, settingChecks)
+var checks = slices.Concat(reachChecks, fleetChecks, tenantChecks, serverChecks, redisChecks, storeChecks, physicalChecks, settingChecks)
 
 func (d *Doctor) wanted(c Check) bool {
 	return len(d.o.Only) == 0 || slices.Contains(d.o.Only, c.Name) || slices.Contains(d.o.Only, c.Group)

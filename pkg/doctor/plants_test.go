@@ -21,6 +21,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/doctor"
 	"github.com/oneo-crm/oneo/pkg/migrate"
 	"github.com/oneo-crm/oneo/pkg/pgtest"
+	"github.com/oneo-crm/oneo/pkg/physical"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/provision"
 	"github.com/oneo-crm/oneo/pkg/store"
@@ -74,7 +75,9 @@ func newFleet(t *testing.T) *fleet {
 			return []doctor.Schedule{{Name: "nightly", State: "ok", Healthy: true}}, nil
 		},
 		Backups: func(context.Context) (doctor.Backups, error) { return doctor.Backups{Count: 2}, nil },
+		Scratch: filepath.Join(t.TempDir(), "scratch"),
 	}
+	withPhysical(nil)(&f.o)
 	return f
 }
 
@@ -159,6 +162,24 @@ type plant struct {
 	fix     string                // what Run says that it does
 	options func(*doctor.Options) // instead of sql
 	also    []string              // checks that this is no less a matter of, or that cannot be made then
+}
+
+// withPhysical has a cluster with a backup of a day ago and all of its WAL, and something wrong with it.
+func withPhysical(wrong func(*doctor.Physical)) func(*doctor.Options) {
+	return func(o *doctor.Options) {
+		o.Physical = func(context.Context) ([]doctor.Physical, error) {
+			made := time.Now().Add(-24 * time.Hour)
+			segment := func(n uint64) string { return physical.LSN(n*physical.SegmentSize).Segment(1, physical.SegmentSize) }
+			p := doctor.Physical{Cluster: "main", Answers: true, Archives: true, Info: physical.Info{
+				Backups: []physical.Backup{{Label: "20261126T034512Z", Stop: made, Timeline: 1, StartLSN: 2 * physical.SegmentSize}},
+				WAL:     []physical.Stretch{{First: segment(1), Last: segment(9), From: made.Add(-time.Hour), Until: time.Now()}},
+			}}
+			if wrong != nil {
+				wrong(&p)
+			}
+			return []doctor.Physical{p}, nil
+		}
+	}
 }
 
 // breakIndex leaves an index as a concurrent making of one does that was interrupted.
@@ -255,6 +276,21 @@ insert into public.tasks (run, ordinal, tenant, slug, group_name, state, to_vers
 		o.Store = func() (store.Store, error) { return store.NewDir("/dev/null/backups") }
 	}},
 	{check: "clock", status: doctor.Warn, says: "1m", also: []string{"redis-clock", "store-clock"}, options: nil},
+	{check: "physical-archiving", status: doctor.Fail, says: "archives no WAL", options: withPhysical(func(p *doctor.Physical) { p.Archives = false })},
+	{check: "physical-archiving", status: doctor.Fail, says: "archiving 000000010000000000000009 fails", options: withPhysical(func(p *doctor.Physical) { p.Failing = "000000010000000000000009" })},
+	{check: "physical-archiving", status: doctor.Warn, says: "does not answer", options: withPhysical(func(p *doctor.Physical) { p.Answers = false })},
+	{check: "physical-backups", status: doctor.Fail, says: "no moment of the cluster main can be had back", options: withPhysical(func(p *doctor.Physical) { p.Info.Backups = nil })},
+	{check: "physical-backups", status: doctor.Fail, says: "no moment of the cluster main can be had back", options: withPhysical(func(p *doctor.Physical) { p.Info.WAL = nil })},
+	{check: "physical-backups", status: doctor.Warn, says: "is 9 days old", options: withPhysical(func(p *doctor.Physical) { p.Info.Backups[0].Stop = time.Now().Add(-9*24*time.Hour - time.Minute) })},
+	{check: "physical-backups", status: doctor.Fail, says: "WAL is missing behind the physical backup 20261126T034512Z", options: withPhysical(func(p *doctor.Physical) {
+		later := p.Info.WAL[0]
+		p.Info.WAL[0].Last, p.Info.WAL[0].Until = p.Info.WAL[0].Last[:23]+"4", time.Now().Add(-time.Hour)
+		later.First = later.Last[:23] + "6"
+		p.Info.WAL = append(p.Info.WAL, later)
+	})},
+	{check: "physical-backups", status: doctor.Warn, says: "torn is no good: its files are not there", options: withPhysical(func(p *doctor.Physical) {
+		p.Info.Backups = append(p.Info.Backups, physical.Backup{Label: "torn", Bad: "its files are not there"})
+	})},
 }
 
 // TestEachPlantedFaultIsFoundAndHealed plants one fault after another in a healthy fleet: its check finds it by name, nothing
@@ -398,6 +434,17 @@ func (f *fleet) roundAgain(t *testing.T) {
 		require.Equal(t, []string{"sessions"}, found(rep))
 		require.Contains(t, result(t, rep, "sessions").Message, "holds the operation lock of tenant number")
 		require.NoError(t, owner.Close(ctx))
+	})
+	t.Run("scratch", func(t *testing.T) {
+		left := filepath.Join(f.o.Scratch, "scratch-4711")
+		require.NoError(t, os.MkdirAll(left, 0o700))
+		require.NoError(t, os.WriteFile(filepath.Join(left, "scratch.json"), []byte(`{"why": "restore of aurora", "target": "then"}`), 0o600))
+		rep := f.run(t)
+		require.Equal(t, []string{"scratch"}, found(rep))
+		require.Contains(t, result(t, rep, "scratch").Message, "restore of aurora")
+		res := result(t, f.run(t, func(o *doctor.Options) { o.Only, o.Fix = []string{"scratch"}, true }), "scratch")
+		require.Equal(t, doctor.OK, res.Status, res.Message)
+		require.NoDirExists(t, left)
 	})
 	t.Run("redis-memory", func(t *testing.T) {
 		require.NoError(t, f.redis.ConfigSet(ctx, "maxmemory", "100mb").Err())
