@@ -86,9 +86,11 @@ func (a *App) Scheduler() (*schedule.Scheduler, error) {
 	if err != nil || len(list) == 0 {
 		return nil, err
 	}
-	b, err := a.Backups()
-	if err != nil {
-		return nil, err
+	var b *backup.Backups
+	if slices.ContainsFunc(a.Config.Backup.Schedules, func(c config.Schedule) bool { return !c.IsPhysical() }) {
+		if b, err = a.Backups(); err != nil {
+			return nil, err
+		}
 	}
 	return schedule.New(schedule.Options{
 		DB: a.DB, Schedules: list, StaleAfter: a.Config.Migrate.StaleAfter, Logger: a.Log,
@@ -99,6 +101,8 @@ func (a *App) Scheduler() (*schedule.Scheduler, error) {
 				return schedule.Result{}, fmt.Errorf("there is no schedule %s", t.Schedule)
 			case c.IsDrill():
 				return a.drillOnSchedule(ctx, b, c, t)
+			case c.IsPhysical():
+				return a.physicalOnSchedule(ctx, c, t)
 			}
 			return a.backUpOnSchedule(ctx, b, c, t)
 		},
@@ -125,13 +129,14 @@ type raised struct {
 }
 
 func (a *App) alarm(ctx context.Context, al schedule.Alarm) {
-	kind := config.KindBackup
-	if c, _ := a.configured(al.Schedule); c.IsDrill() {
-		kind = config.KindDrill
+	c, _ := a.configured(al.Schedule)
+	kind := c.KindOrBackup()
+	what := "a scheduled " + kind
+	if c.IsPhysical() {
+		what += " backup"
 	}
 	texts := map[string]string{
-		schedule.CodeMissed: "a scheduled " + kind + " was missed", schedule.CodeFailed: "a scheduled " + kind + " has failed",
-		schedule.CodeStuck: "a scheduled " + kind + " cannot be done; it is tried on",
+		schedule.CodeMissed: what + " was missed", schedule.CodeFailed: what + " has failed", schedule.CodeStuck: what + " cannot be done; it is tried on",
 	}
 	attrs := []any{"code", al.Code, "kind", kind, "schedule", al.Schedule, "due_at", al.Due, "missed", al.Missed, "ok", al.OK, "failed", al.Failed}
 	if al.Run != nil {

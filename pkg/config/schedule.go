@@ -17,11 +17,13 @@ import (
 
 // The kinds of schedules.
 const (
-	KindBackup = "backup"
-	KindDrill  = "drill"
+	KindBackup   = "backup"
+	KindDrill    = "drill"
+	KindPhysical = "physical"
 )
 
-// Schedule says when which tenants are backed up by `oneo serve`, or when it is proved that they can be restored.
+// Schedule says when which tenants are backed up by `oneo serve`, when it is proved that they can be restored, or when whole
+// clusters are backed up.
 type Schedule struct {
 	Name     string        `mapstructure:"name"`
 	Kind     string        `mapstructure:"kind"` // empty: KindBackup
@@ -30,12 +32,24 @@ type Schedule struct {
 	Jitter   time.Duration `mapstructure:"jitter"`    // a due time is begun at most so much later
 	Jobs     int           `mapstructure:"jobs"`      // tenants at one time; 0: 2
 	Select   Select        `mapstructure:"select"`
-	Keep     Keep          `mapstructure:"keep"`   // of a backup: what is pruned behind it; zero: nothing
+	Keep     Keep          `mapstructure:"keep"`   // of a backup, physical or not: what is pruned behind it; zero: nothing
 	Sample   *int          `mapstructure:"sample"` // of a drill: so many of the tenants, 0: all; nil: 5
+	Copies   string        `mapstructure:"copies"` // of a physical backup: full, diff or incr; empty: full
 }
 
 // IsDrill reports whether the schedule proves backups, and makes none.
 func (s Schedule) IsDrill() bool { return s.Kind == KindDrill }
+
+// IsPhysical reports whether the schedule backs up whole clusters, and no tenants.
+func (s Schedule) IsPhysical() bool { return s.Kind == KindPhysical }
+
+// KindOrBackup is what the schedule does.
+func (s Schedule) KindOrBackup() string {
+	if s.Kind == "" {
+		return KindBackup
+	}
+	return s.Kind
+}
 
 // Drilled is how many of the selected tenants a drill restores; 0: all.
 func (s Schedule) Drilled() int {
@@ -75,8 +89,8 @@ func (s Schedule) Spec() string {
 	if zone == "" {
 		zone = "UTC"
 	}
-	if s.IsDrill() {
-		return KindDrill + " " + s.Cron + " " + zone
+	if kind := s.KindOrBackup(); kind != KindBackup {
+		return kind + " " + s.Cron + " " + zone
 	}
 	return s.Cron + " " + zone
 }
@@ -131,7 +145,7 @@ func (t Times) shortest() time.Duration {
 // checkSchedules names what cannot be used of backup.schedules.
 func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 	const key = "backup.schedules"
-	if len(c.Backup.Schedules) > 0 && c.Backup.URL == "" {
+	if c.Backup.URL == "" && slices.ContainsFunc(c.Backup.Schedules, func(s Schedule) bool { return !s.IsPhysical() }) {
 		bad(key, "needs backup.url: the place where backups are kept")
 	}
 	known := c.AllGroups()
@@ -155,6 +169,10 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 			bad(at+".jobs", "must be from 1 to 100, or 0: 2")
 		}
 		switch sel := s.Select; {
+		case s.IsPhysical():
+			if sel.AllTenants || len(sel.Tenant) > 0 || len(sel.Exclude) > 0 || len(sel.State) > 0 {
+				bad(at+".select", "a physical backup is of whole clusters: only group may be given, for the cluster of one")
+			}
 		case !sel.AllTenants && len(sel.Tenant) == 0:
 			bad(at+".select", "selects no tenants: add all_tenants: true, or tenant: [names or globs]")
 		case sel.AllTenants && len(sel.Tenant) > 0:
@@ -174,8 +192,16 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 			bad(at+".select.group", "database group %q is not configured", s.Select.Group)
 		}
 		switch {
-		case s.Kind != "" && s.Kind != KindBackup && !s.IsDrill():
-			bad(at+".kind", "%q is no kind of schedule; use backup or drill", s.Kind)
+		case !slices.Contains([]string{"", KindBackup, KindDrill, KindPhysical}, s.Kind):
+			bad(at+".kind", "%q is no kind of schedule; use backup, drill or physical", s.Kind)
+		case s.IsPhysical() && c.Backup.Physical.Engine == "":
+			bad(at+".kind", "a physical backup needs backup.physical.engine")
+		case !s.IsPhysical() && s.Copies != "":
+			bad(at+".copies", "is for physical backups")
+		case !slices.Contains([]string{"", "full", "diff", "incr"}, s.Copies):
+			bad(at+".copies", "%q is no kind of physical backup; use full, diff or incr", s.Copies)
+		case s.Copies != "" && s.Copies != "full" && c.Backup.Physical.Engine == "files":
+			bad(at+".copies", "the engine files makes full backups only")
 		case s.IsDrill() && s.Keep != (Keep{}):
 			bad(at+".keep", "is for backups: a drill takes none away")
 		case !s.IsDrill() && s.Sample != nil:
