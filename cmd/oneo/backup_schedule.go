@@ -27,7 +27,7 @@ func newBackupScheduleCmd(e *env) *cobra.Command {
 		Long: `Show the schedules of backup.schedules: when each one's time comes next, what became of the last time that
 was taken on, and how many passed without a backup, which is when no server was there, or the backup before was
 still at work. Those of the kind drill restore backups and take them back, as ` + "`oneo backup drill`" + ` does, and make
-none; those of the kind physical back up whole clusters, as `+"`oneo backup physical create`"+` does. Times are UTC.
+none; those of the kind physical back up whole clusters, as ` + "`oneo backup physical create`" + ` does. Times are UTC.
 
 A schedule is overdue when its time has passed and no server has looked for five minutes, new until one
 has, and stuck when it cannot be begun, or gone on with, for some minutes. --late shows the selected tenants whose newest backup is older than the schedule promises: than its last

@@ -1,7 +1,9 @@
 package app
 
 import (
+	"context"
 	"net/http"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -19,7 +21,38 @@ func (a *App) observer(id uuid.UUID, version string) *observe.Observer {
 	if a.Config.Backup.URL != "" {
 		o.BackupKind = KindBackup
 	}
+	if a.Config.Backup.Physical.Engine != "" {
+		o.Physical = a.physicalFacts
+	}
 	return observe.New(o)
+}
+
+// physicalWait is how long it may take to find out how the physical backups stand.
+const physicalWait = time.Minute
+
+func (a *App) physicalFacts(ctx context.Context) (all []observe.Physical, err error) {
+	ctx, cancel := context.WithTimeout(ctx, physicalWait)
+	defer cancel()
+	clusters, err := a.PhysicalClusters()
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range clusters {
+		s, err := a.PhysicalState(ctx, k)
+		if err != nil {
+			return nil, err
+		}
+		p := observe.Physical{Cluster: k.Name, Archived: s.Archived().Until}
+		if good := s.Good(); len(good) > 0 {
+			p.Newest = good[len(good)-1].Stop
+		}
+		if s.Archiver != nil {
+			failing := s.Archiver.Failing()
+			p.Failing = &failing
+		}
+		all = append(all, p)
+	}
+	return all, nil
 }
 
 // opsHandlers are those of the operators' listener that tell of this server. Numbers of the whole are for whoever reaches the

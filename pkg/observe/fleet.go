@@ -48,6 +48,18 @@ type slowFacts struct {
 	backups bool // there is a store for them
 	oldest  time.Time
 	never   float64
+
+	physical []Physical
+}
+
+// Physical is what is known of a cluster's physical backups.
+type Physical struct {
+	Cluster string
+	// Newest is when the newest backup was made from which a moment can be reached, Archived when the newest WAL was archived; zero:
+	// there is none.
+	Newest, Archived time.Time
+	// Failing: the last try to archive WAL has failed. nil: the cluster does not answer.
+	Failing *bool
 }
 
 func (f *fleet) collect(send func(*definition, float64, ...string)) {
@@ -77,6 +89,21 @@ func (f *fleet) collect(send func(*definition, float64, ...string)) {
 			send(backupNever, s.never)
 			if !s.oldest.IsZero() {
 				send(backupOldest, float64(s.oldest.Unix()))
+			}
+		}
+		for _, p := range s.physical {
+			if !p.Newest.IsZero() {
+				send(physicalNewest, float64(p.Newest.Unix()), p.Cluster)
+			}
+			if !p.Archived.IsZero() {
+				send(physicalArchived, float64(p.Archived.Unix()), p.Cluster)
+			}
+			if p.Failing != nil {
+				failing := 0.0
+				if *p.Failing {
+					failing = 1
+				}
+				send(physicalFailing, failing, p.Cluster)
 			}
 		}
 	}
@@ -225,7 +252,7 @@ func (o *Observer) learn(ctx context.Context, tx *postgres.Tx, since time.Durati
 	return err
 }
 
-// askSlowly finds out how old backups are and how large the tenants with series.
+// askSlowly finds out how old backups are, whether WAL is archived, and how large the tenants with series.
 func (o *Observer) askSlowly(ctx context.Context) error {
 	f := slowFacts{backups: o.o.BackupKind != ""}
 	var errs []error
@@ -244,6 +271,11 @@ left join lateral (select k.finished_at from public.tasks k join public.operatio
 			}
 			return nil
 		}))
+	}
+	if o.o.Physical != nil {
+		var err error
+		f.physical, err = o.o.Physical(ctx)
+		errs = append(errs, err)
 	}
 	shown := o.counter.shownNumbers()
 	if len(shown) > 0 {

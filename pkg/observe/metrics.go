@@ -79,6 +79,9 @@ var (
 	migrationFailed  = define(gaugeKind, "oneo_migration_tenants_failed", "Tenants below the head whose last migration in a run has failed.")
 	backupOldest     = define(gaugeKind, "oneo_backup_oldest_timestamp_seconds", "When the tenant was backed up whose last backup is oldest, of active tenants. Not there without backup.url.")
 	backupNever      = define(gaugeKind, "oneo_backup_tenants_never", "Active tenants that no run has backed up. Not there without backup.url.")
+	physicalNewest   = define(gaugeKind, "oneo_physical_backup_newest_timestamp_seconds", "When the newest physical backup was made from which a moment can be had back. Not there where there is none, or where this machine has no repository.", "cluster")
+	physicalArchived = define(gaugeKind, "oneo_physical_archived_timestamp_seconds", "When the newest WAL was archived.", "cluster")
+	physicalFailing  = define(gaugeKind, "oneo_physical_archiving_failing", "1: the last try to archive WAL has failed. Not there while the cluster does not answer.", "cluster")
 
 	tenantsHeld        = define(gaugeKind, "oneo_counted_tenants", "Tenants counted apart in this process, served within the last hour.")
 	tenantRequests     = define(counterKind, "oneo_tenant_requests_total", "Requests answered, by tenant.", "tenant")

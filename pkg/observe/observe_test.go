@@ -46,6 +46,10 @@ func newStage(t *testing.T, change ...func(*observe.Options)) *stage {
 	s.options = observe.Options{
 		Instance: uuid.New(), Version: "v1", Counter: s.counter, DB: s.env.DB, Cache: openCache(t, ""), Head: 2, MigrateKind: "run.migrate",
 		BackupKind: "run.backup", Within: pgtest.Patience, Logger: slog.New(slog.DiscardHandler),
+		Physical: func(context.Context) ([]observe.Physical, error) {
+			failing := true
+			return []observe.Physical{{Cluster: "main", Newest: time.Unix(1_700_000_000, 0), Archived: time.Unix(1_700_000_500, 0), Failing: &failing}, {Cluster: "new"}}, nil
+		},
 	}
 	for _, f := range change {
 		f(&s.options)
@@ -176,6 +180,9 @@ func TestMetricsTellHowTheFleetStands(t *testing.T) {
 		`oneo_migration_tenants_behind{group="main"}`:                              2,
 		`oneo_migration_tenants_failed`:                                            1,
 		`oneo_backup_tenants_never`:                                                1,
+		`oneo_physical_backup_newest_timestamp_seconds{cluster="main"}`:            1_700_000_000,
+		`oneo_physical_archived_timestamp_seconds{cluster="main"}`:                 1_700_000_500,
+		`oneo_physical_archiving_failing{cluster="main"}`:                          1,
 		`oneo_redis_up`:                                                            1,
 		`oneo_tenant_requests_total{tenant="acme"}`:                                1,
 		`oneo_tenant_requests_total{tenant="_other"}`:                              1,
@@ -189,6 +196,7 @@ func TestMetricsTellHowTheFleetStands(t *testing.T) {
 		require.Equal(t, want, got[sample], sample)
 	}
 	require.NotContains(t, got, `oneo_instances{version="old"}`)
+	require.NotContains(t, got, `oneo_physical_archived_timestamp_seconds{cluster="new"}`)
 	require.InDelta(t, 600, got[`oneo_operations_oldest_seconds{state="queued"}`], 120)
 	require.InDelta(t, float64(time.Now().Add(-72*time.Hour).Unix()), got[`oneo_backup_oldest_timestamp_seconds`], 300)
 	require.Greater(t, got[`oneo_redis_memory_bytes`], 100_000.0)
@@ -216,10 +224,10 @@ func TestMetricsTellHowTheFleetStands(t *testing.T) {
 
 func TestWithoutRedisAndStoreNothingIsToldOfThem(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, func(o *observe.Options) { o.BackupKind = "" })
+	s := newStage(t, func(o *observe.Options) { o.BackupKind, o.Physical = "", nil })
 	s.ask(t)
 	for sample := range scrape(t, s.o) {
-		require.NotRegexp(t, `^oneo_(redis|backup)_`, sample)
+		require.NotRegexp(t, `^oneo_(redis|backup|physical)_`, sample)
 	}
 }
 

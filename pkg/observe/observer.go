@@ -1,6 +1,7 @@
 package observe
 
 import (
+	"context"
 	"encoding/json"
 	"log/slog"
 	"net/http"
@@ -30,6 +31,8 @@ type Options struct {
 	// tenants up; empty: there is no store for backups.
 	Head                    int
 	MigrateKind, BackupKind string
+	// Physical reads what there is of each cluster's physical backups, within a time of its own; nil: no engine makes any.
+	Physical func(context.Context) ([]Physical, error)
 	// Pools is DB.Stats; nil: it is asked.
 	Pools func() []postgres.Stats
 	// Within bounds each question to PostgreSQL; 0: a second.
