@@ -65,6 +65,24 @@ func TestNothingIsReadThatWasSetBeforeRedisWasStarted(t *testing.T) {
 	require.Equal(t, "new", string(v), "it is a cache again at once")
 }
 
+// Of its run Redis is asked once a connection, and not once a read.
+func TestAReadIsOneCommand(t *testing.T) {
+	t.Parallel()
+	_, r, raw := keeping(t)
+	t.Cleanup(func() { require.NoError(t, r.Stop(context.Background())) })
+	c, k := open(t, r.URL()), key(t, tenantOf(t, 1, "acme"), "k", "x")
+	require.NoError(t, c.Set(t.Context(), k, []byte("v"), time.Hour))
+	require.NoError(t, raw.ConfigResetStat(t.Context()).Err())
+	for range 20 {
+		_, found := c.Get(t.Context(), k)
+		require.True(t, found)
+	}
+	stats := raw.InfoMap(t.Context(), "commandstats").Val()["Commandstats"]
+	require.Contains(t, stats["cmdstat_get"], "calls=20,")
+	require.NotContains(t, stats, "cmdstat_ping")
+	require.NotContains(t, stats, "cmdstat_info", "the connection was made before")
+}
+
 // A change whose words go to the next run is told there.
 func TestAChangeIsToldToTheRedisThatIsThere(t *testing.T) {
 	t.Parallel()
