@@ -184,7 +184,7 @@ func room(dir string, b Backup, info Info) error {
 		return fmt.Errorf("look at the room in %s: %w", dir, err)
 	}
 	// Replay makes the cluster larger, by no more than its WAL.
-	need, free := Room(b, info), int64(st.Bavail)*st.Bsize //nolint:unconvert // the types differ between systems
+	need, free := Room(b, info), int64(st.Bavail)*st.Bsize
 	if free < need {
 		return fault.New(fault.Unavailable, "recovering needs about %d MB in %s, and %d MB are free", need>>20, dir, free>>20).WithCode("disk_full").
 			WithHint("free space, or choose another folder: backup.physical.scratch")
