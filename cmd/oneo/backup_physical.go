@@ -593,8 +593,8 @@ func newPhysicalPruneCmd(e *env) *cobra.Command {
 		Long: `Take away the physical backups that no rule keeps, cluster by cluster, and the WAL from before the oldest that stays:
 moments before its end can then no longer be had back. The rules are those of ` + "`oneo backup prune`" + `.
 
-Whatever the rules say, these stay: the newest from which a moment can be had back, as many as backup.keep_min and at
-least one; those that others are worth nothing without; one that a recovery on this machine is reading; and what cannot be read.`,
+Whatever the rules say, these stay: the newest from which a moment can be had back, as many as
+backup.keep_min; those that others are worth nothing without; one that a recovery on this machine is reading; and what cannot be read.`,
 		Example: "  oneo backup physical prune --keep-daily 7 --keep-weekly 5 --dry-run\n  oneo backup physical prune --keep-last 2 --yes",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return physicalPrune(cmd.Context(), e, o) },

@@ -149,7 +149,7 @@ func (a *App) PlanPhysicalPrune(ctx context.Context, k Cluster, p backup.Policy)
 	if err != nil {
 		return nil, err
 	}
-	return judge(k.Name, info, p, max(1, a.Config.Backup.KeepMin), used, time.Now()), nil
+	return judge(k.Name, info, p, a.Config.Backup.KeepMin, used, time.Now()), nil
 }
 
 func judge(cluster string, info physical.Info, p backup.Policy, least int, used []string, now time.Time) (all []PhysicalVerdict) {

@@ -91,6 +91,8 @@ func TestServersBackUpClustersOnSchedule(t *testing.T) {
 
 	clusters, err := a.PhysicalClusters()
 	require.NoError(t, err)
+	err = a.MeetPhysical(ctx, clusters[0], pgtest.New(t).AdminURL)
+	require.True(t, fault.Is(err, fault.Conflict), "another cluster's superuser: %v", err)
 	require.NoError(t, a.MeetPhysical(ctx, clusters[0], superuser))
 	labels := func() (all []string) {
 		info, err := clusters[0].Engine.Info(ctx)
