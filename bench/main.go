@@ -20,7 +20,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "create,claim,read,metrics,neighbours,fleet,archives", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ",")+", archives is "+strings.Join(archiveParts, ",")+"; tracing and dashboard are measured only when they are named, and share their tenants with metrics")
+	only := flag.String("only", "create,claim,read,metrics,neighbours,fleet,archives,recovery", "what to measure, separated by commas; fleet is "+strings.Join(fleetParts, ",")+", archives is "+strings.Join(archiveParts, ",")+"; tracing and dashboard are measured only when they are named, and share their tenants with metrics")
 	few := flag.Int("few", 120, "the small number of tenants that are read")
 	fleet := flag.Int("fleet", 1000, "the number of tenants that are migrated; some of it is measured at a tenth too")
 	many := flag.Int("many", 5000, "the large number of tenants")
@@ -56,7 +56,7 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 			only = append(only, fleetParts...)
 		} else if part == "archives" {
 			only = append(only, archiveParts...)
-		} else if !slices.Contains(slices.Concat([]string{"create", "claim", "read", "neighbours"}, sightParts, fleetParts, archiveParts), part) {
+		} else if !slices.Contains(slices.Concat([]string{"create", "claim", "read", "neighbours", "recovery"}, sightParts, fleetParts, archiveParts), part) {
 			return fmt.Errorf("-only: there is no %q", part)
 		}
 	}
@@ -112,6 +112,11 @@ func run(ctx context.Context, only []string, ways string, few, fleet, many, jobs
 	}
 	if slices.Contains(only, "neighbours") {
 		if err := b.neighbours(ctx); err != nil {
+			return err
+		}
+	}
+	if slices.Contains(only, "recovery") {
+		if err := b.recovery(ctx); err != nil {
 			return err
 		}
 	}
