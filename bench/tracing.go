@@ -20,12 +20,12 @@ func (in *installation) tracing(ctx context.Context) error {
 	}
 	rows := []*struct {
 		name string
-		more []string // settings; tracing.sample is 1 unless it is set
+		more []string // settings; the default of tracing.sample unless it is set
 		to   *collector
 	}{
 		{name: "off"},
-		{name: "every request (the default)"},
-		{name: "one request in a hundred", more: []string{"ONEO_TRACING_SAMPLE=0.01"}},
+		{name: "one request in a hundred (the default)"},
+		{name: "every request", more: []string{"ONEO_TRACING_SAMPLE=1"}},
 	}
 	servers := make([]*process, len(rows))
 	defer func() {

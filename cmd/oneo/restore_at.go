@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
+	"github.com/oneo-crm/oneo/pkg/transfer"
 )
 
 // returning is a tenant that is to be taken back to a moment.
@@ -28,6 +30,10 @@ func restoreAt(ctx context.Context, e *env, o restoreOptions) error {
 		return errUsage{fault.New(fault.Invalid, "say which tenant is to be taken back").WithCode("no_tenant").WithHint("add -t NAME")}
 	case len(o.slugs) > 1 && o.as != "":
 		return errUsage{fault.New(fault.Invalid, "--as makes one tenant of one")}
+	}
+	if !e.yes && !e.terminal && !o.diff && o.as == "" {
+		// It would be asked behind the recovery, which takes its time.
+		return fault.New(fault.NeedsConfirmation, "this would take what is restored back to a moment").WithHint("add --yes, or look first: --diff")
 	}
 	a, err := e.open()
 	if err != nil {
@@ -145,6 +151,21 @@ func putBack(ctx context.Context, e *env, a *app.App, o restoreOptions, r *retur
 			return err
 		}
 		r.live = t
+	}
+	if o.diff || !o.parts.IsZero() || e.yes { // parts are shown before they are asked for
+		return restoreInto(ctx, e, a, r.live, o)
+	}
+	found, err := a.Transfers.Diff(ctx, r.live, r.past.file, false, transfer.Parts{}, transfer.Loading{MaxBytes: o.maxSize, CustomDDL: o.customDDL, Known: o.known(), Erased: o.erased, Actor: e.actor()})
+	if err != nil {
+		return err
+	}
+	for _, d := range found {
+		if d.Added+d.Removed+d.Changed > 0 {
+			e.say("%s: %s come back, %s go, %s change, %s stay", d.Table, grouped(d.Added), grouped(d.Removed), grouped(d.Changed), grouped(d.Same))
+		}
+	}
+	if _, err := r.past.file.Seek(0, io.SeekStart); err != nil {
+		return err
 	}
 	return restoreInto(ctx, e, a, r.live, o)
 }

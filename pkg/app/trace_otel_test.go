@@ -51,7 +51,7 @@ func TestARequestIsOneTrace(t *testing.T) {
 		w.Header().Set("Content-Type", "application/x-protobuf")
 	}))
 	t.Cleanup(to.Close)
-	a := open(t, env, redis.URL(), func(c *config.Config) { c.Tracing.Endpoint = to.URL })
+	a := open(t, env, redis.URL(), func(c *config.Config) { c.Tracing.Endpoint, c.Tracing.Sample = to.URL, 1 })
 	addr := serve(t, a)
 	token := session(t, env, acme)
 	status, body := ask(t, addr, "GET", "acme.localhost", "/api/v1/me", token, "")
@@ -127,7 +127,7 @@ func TestACollectorThatHangsIsNotWaitedFor(t *testing.T) {
 	t.Cleanup(func() { close(release) })
 	token := session(t, env, acme)
 	for _, endpoint := range []string{to.URL, "http://127.0.0.1:1"} {
-		a := open(t, env, "", func(c *config.Config) { c.Tracing.Endpoint = endpoint })
+		a := open(t, env, "", func(c *config.Config) { c.Tracing.Endpoint, c.Tracing.Sample = endpoint, 1 })
 		addr := serve(t, a)
 		for range 6000 { // more spans than are held
 			if do(t, addr, "GET", "/livez", token) == 0 {

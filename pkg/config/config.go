@@ -248,7 +248,7 @@ func Default() Config {
 		Backup:  Backup{Recipients: []string{}, KeepMin: 1, Hooks: Hooks{Before: []string{}, After: []string{}, Timeout: 10 * time.Minute}, Schedules: []Schedule{}, Alarm: []string{}, UndoKeep: 7 * 24 * time.Hour},
 		Metrics: Metrics{Enabled: true, Tenants: 50},
 		Usage:   Usage{Keep: 400 * 24 * time.Hour},
-		Tracing: Tracing{Sample: 1},
+		Tracing: Tracing{Sample: 0.01},
 		Log:     Log{Level: "info", Format: "text", Keep: 4 << 20},
 	}
 }

@@ -34,6 +34,8 @@ type RecoverOptions struct {
 	Only []string
 	// Why is for whoever finds the folder.
 	Why string
+	// Begun is told what it is going to take, before anything is fetched; may be nil.
+	Begun func(Estimate)
 	// Report is told how far it is; may be nil. It may be called from another goroutine.
 	Report func(Progress)
 	// Final is the data folder of a cluster that is to stay, in the place of one that ends with us. It must be empty, or not be there.
@@ -72,6 +74,8 @@ const (
 	socketPort    = 5432 // a part of the socket's name: nothing listens on a network
 	// spare is what must be left free on the disk besides the cluster itself.
 	spare = 256 << 20
+	// memory is what PostgreSQL takes for itself while it recovers.
+	memory = 256 << 20
 )
 
 // Recover brings a cluster to a moment beside the live one. NotFound: the moment cannot be reached, and the fault says what can.
@@ -109,6 +113,9 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 	}
 	if err := room(c.data, b, info); err != nil {
 		return nil, err
+	}
+	if o.Begun != nil {
+		o.Begun(Estimate{Backup: b, Disk: Room(b, info), WAL: info.Replayed(b)})
 	}
 	if err := failpoint.Hit("physical.begun"); err != nil {
 		return nil, err
@@ -189,7 +196,25 @@ func room(dir string, b Backup, info Info) error {
 		return fault.New(fault.Unavailable, "recovering needs about %d MB in %s, and %d MB are free", need>>20, dir, free>>20).WithCode("disk_full").
 			WithHint("free space, or choose another folder: backup.physical.scratch")
 	}
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return nil //nolint:nilerr // another system, which does not say
+	}
+	if m := availableLine.FindSubmatch(text); m != nil {
+		if kb, err := strconv.ParseInt(string(m[1]), 10, 64); err == nil && kb<<10 < memory {
+			return fault.New(fault.Unavailable, "recovering needs about %d MB of memory, and %d MB are available", memory>>20, kb>>10).WithCode("memory").WithHint("recover where there is more, or at another hour")
+		}
+	}
 	return nil
+}
+
+var availableLine = regexp.MustCompile(`(?m)^MemAvailable:\s+(\d+) kB`)
+
+// Estimate is what a recovery is going to take.
+type Estimate struct {
+	Backup Backup
+	Disk   int64 // bytes, about
+	WAL    int64 // bytes that are replayed, at most
 }
 
 // Room is about how many bytes of disk a recovery from a backup takes.
