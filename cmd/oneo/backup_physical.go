@@ -54,7 +54,7 @@ needs, and say what is missing as lines to copy. With the URL of a superuser, se
 set and granted, and nothing else: a restart that PostgreSQL needs and a line of pg_hba.conf are only told.
 
 Once nothing is missing it is proved that WAL comes into the repository. The exit code is 13 for as long as something is
-missing. It can be run again at any time. With --print nothing is asked and nothing done: all that a cluster needs is printed.`,
+missing. It can be run again at any time. With --print nothing is done, and all that the engine needs is printed, there or not.`,
 		Example: "  oneo backup physical setup\n  oneo backup physical setup --admin-url-file /run/secrets/postgres-admin-url\n  oneo backup physical setup --print",
 		Args:    usageArgs(cobra.NoArgs),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return physicalSetup(cmd.Context(), e, o) },

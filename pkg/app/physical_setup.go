@@ -50,7 +50,7 @@ type Need struct {
 	Reloads bool
 
 	setting  bool
-	database string // of grants
+	database string // of SQL that is no setting
 }
 
 // Healthy reports whether nothing is left to be done.
@@ -67,7 +67,10 @@ func (a *App) PhysicalPlan(ctx context.Context, k Cluster) ([]Need, error) {
 		needs = append(needs, k.setting(name, plan.Settings[name]))
 	}
 	for _, g := range k.bases {
-		needs = append(needs, k.grants(g, plan))
+		needs = append(needs, k.grants(g))
+	}
+	if len(plan.SQL) > 0 {
+		needs = append(needs, k.rights(plan))
 	}
 	if plan.HBA != "" {
 		needs = append(needs, k.hba(plan))
@@ -83,11 +86,21 @@ func (k Cluster) setting(name, wants string) Need {
 		Do: []string{"alter system set " + postgres.Quote(name) + " = " + literal(wants) + ";"}}
 }
 
-func (k Cluster) grants(g base, plan physical.Plan) Need {
-	n := Need{Cluster: k.Name, Check: "grants", State: NeedMissing, Wants: "REPLICATION, pg_create_restore_point, pg_switch_wal for " + g.owner,
-		Where: "the database " + g.database + ", as a superuser", database: g.database}
-	for _, sql := range slices.Concat(physical.Grants(g.owner), plan.SQL) {
-		n.Do = append(n.Do, strings.TrimSuffix(sql, ";")+";")
+func (k Cluster) grants(g base) Need {
+	n := Need{Cluster: k.Name, Check: "grants", State: NeedMissing, Wants: "REPLICATION, pg_create_restore_point, pg_switch_wal for " + g.owner}
+	return n.sql(g.database, physical.Grants(g.owner))
+}
+
+// rights are those that the engine says are missing.
+func (k Cluster) rights(plan physical.Plan) Need {
+	n := Need{Cluster: k.Name, Check: "engine", State: NeedMissing, Has: "not all rights", Wants: "what " + k.Engine.Name() + " needs besides"}
+	return n.sql(k.database, plan.SQL)
+}
+
+func (n Need) sql(database string, statements []string) Need {
+	n.Where, n.database = "the database "+database+", as a superuser", database
+	for _, sql := range statements {
+		n.Do = append(n.Do, sql+";")
 	}
 	return n
 }
@@ -107,32 +120,22 @@ func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + 
 // what is missing, and nothing else. Once nothing is missing it proves that WAL is archived. Conflict: the repository, or the
 // URL, is another cluster's.
 func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]Need, error) {
-	if err := k.Engine.Prepare(ctx); err != nil {
+	if adminURL != "" {
+		if err := a.meetAll(ctx, k, adminURL); err != nil {
+			return nil, err
+		}
+	}
+	repository := Need{Cluster: k.Name, Check: "repository", State: NeedOK, Has: k.Where}
+	if err := k.Engine.Prepare(ctx); fault.Is(err, fault.Forbidden) { // a right is missing, which is said below
+		repository.State, repository.Has = NeedUnknown, fault.Of(err).Message
+	} else if err != nil {
 		return nil, err
 	}
 	needs, err := a.physicalNeeds(ctx, k)
 	if err != nil {
 		return nil, err
 	}
-	if adminURL != "" && lacking(needs) {
-		if err := a.meet(ctx, k, adminURL, needs); err != nil {
-			return nil, err
-		}
-		// The server reads its settings when it comes to it.
-		for deadline := time.Now().Add(30 * time.Second); ; {
-			if needs, err = a.physicalNeeds(ctx, k); err != nil {
-				return nil, err
-			}
-			if !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.setting }) || time.Now().After(deadline) {
-				break
-			}
-			select {
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			case <-time.After(50 * time.Millisecond):
-			}
-		}
-	}
+	needs = append([]Need{repository}, needs...)
 	proof := Need{Cluster: k.Name, Check: "archiving", State: NeedUnknown, Wants: "WAL comes into the repository"}
 	if !lacking(needs) {
 		switch err := k.Flush(ctx); {
@@ -147,16 +150,37 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 	return append(needs, proof), nil
 }
 
-// MeetPhysical makes a cluster's repository, and sets and grants what is missing, with the URL of a superuser.
+// MeetPhysical sets and grants what is missing, with the URL of a superuser, and makes the cluster's repository. Faults as of SetUpPhysical.
 func (a *App) MeetPhysical(ctx context.Context, k Cluster, adminURL string) error {
-	if err := k.Engine.Prepare(ctx); err != nil {
+	if err := a.meetAll(ctx, k, adminURL); err != nil {
 		return err
 	}
+	return k.Engine.Prepare(ctx)
+}
+
+// meetAll does what is missing, and waits until the server has read it.
+func (a *App) meetAll(ctx context.Context, k Cluster, adminURL string) error {
 	needs, err := a.physicalNeeds(ctx, k)
 	if err != nil || !lacking(needs) {
 		return err
 	}
-	return a.meet(ctx, k, adminURL, needs)
+	if err := a.meet(ctx, k, adminURL, needs); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		if needs, err = a.physicalNeeds(ctx, k); err != nil {
+			return err
+		}
+		// One that cannot be set so, as it stands on the server's command line, is told as missing.
+		if !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.setting }) || time.Now().After(deadline) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 func lacking(needs []Need) bool {
@@ -172,7 +196,7 @@ func (a *App) physicalNeeds(ctx context.Context, k Cluster) ([]Need, error) {
 	if err != nil {
 		return nil, err
 	}
-	needs := []Need{{Cluster: k.Name, Check: "repository", State: NeedOK, Has: k.Where}}
+	var needs []Need
 	conn, err := k.connect(ctx, k.url)
 	if err != nil {
 		return nil, err
@@ -203,7 +227,7 @@ func (a *App) physicalNeeds(ctx context.Context, k Cluster) ([]Need, error) {
 		}
 	}
 	for _, g := range k.bases {
-		n := k.grants(g, plan)
+		n := k.grants(g)
 		if n.Has, err = k.lacks(ctx, g); err != nil {
 			return nil, err
 		}
@@ -214,6 +238,9 @@ func (a *App) physicalNeeds(ctx context.Context, k Cluster) ([]Need, error) {
 		}
 		needs = append(needs, n)
 	}
+	if len(plan.SQL) > 0 {
+		needs = append(needs, k.rights(plan))
+	}
 	if plan.HBA != "" {
 		n := k.hba(plan)
 		n.State, n.Has = k.replicates(ctx)
@@ -221,14 +248,10 @@ func (a *App) physicalNeeds(ctx context.Context, k Cluster) ([]Need, error) {
 	}
 	for _, path := range slices.Sorted(maps.Keys(plan.Files)) {
 		n := k.file(path, plan.Files[path])
-		text, err := os.ReadFile(path)
-		switch {
-		case err == nil && string(text) == plan.Files[path]:
+		if _, err := os.Stat(path); err == nil { // it may have been changed, and is not ours to judge
 			n.State = NeedOK
-		case err == nil:
-			n.Has = "another text"
-		default:
-			n.Has = "nothing that can be read here"
+		} else {
+			n.Has = "nothing that can be seen here"
 		}
 		needs = append(needs, n)
 	}
@@ -323,7 +346,7 @@ func (a *App) meet(ctx context.Context, k Cluster, adminURL string, needs []Need
 				return refusedAs(err, n)
 			}
 			set = true
-		case n.Check == "grants":
+		case n.database != "":
 			if err := inDatabase(ctx, k, adminURL, n); err != nil {
 				return err
 			}
