@@ -400,49 +400,61 @@ func gaps(ws []physical.Window) []span {
 	return list
 }
 
-var clusterColumns = []column[app.ClusterState]{
-	{"CLUSTER", "cluster", func(s app.ClusterState) any { return s.Name }},
-	{"GROUPS", "groups", func(s app.ClusterState) any { return s.Groups }},
-	{"ENGINE", "engine", func(s app.ClusterState) any { return s.Engine.Name() }},
-	{"REPOSITORY", "repository", func(s app.ClusterState) any { return s.Where }},
-	{"SYSTEM", "system", func(s app.ClusterState) any { return s.System }},
-	{"EARLIEST", "earliest_at", func(s app.ClusterState) any {
+// reached is a cluster's state, and when a recovery of it was proved last.
+type reached struct {
+	app.ClusterState
+	proof *app.PhysicalProof // nil: never, or the database does not answer
+}
+
+var clusterColumns = []column[reached]{
+	{"CLUSTER", "cluster", func(s reached) any { return s.Name }},
+	{"GROUPS", "groups", func(s reached) any { return s.Groups }},
+	{"ENGINE", "engine", func(s reached) any { return s.Engine.Name() }},
+	{"REPOSITORY", "repository", func(s reached) any { return s.Where }},
+	{"SYSTEM", "system", func(s reached) any { return s.System }},
+	{"EARLIEST", "earliest_at", func(s reached) any {
 		if ws := s.Windows(); len(ws) > 0 {
 			return ws[0].From
 		}
 		return nil
 	}},
-	{"LATEST", "latest_at", func(s app.ClusterState) any {
+	{"LATEST", "latest_at", func(s reached) any {
 		if ws := s.Windows(); len(ws) > 0 {
 			return ws[len(ws)-1].Until
 		}
 		return nil
 	}},
-	{"WINDOWS", "windows", func(s app.ClusterState) any {
+	{"WINDOWS", "windows", func(s reached) any {
 		list := []span{}
 		for _, w := range s.Windows() {
 			list = append(list, spanOf(w.From, w.Until))
 		}
 		return list
 	}},
-	{"GAPS", "gaps", func(s app.ClusterState) any { return gaps(s.Windows()) }},
-	{"ARCHIVED", "archived_at", func(s app.ClusterState) any { return unlessZero(s.Archived().Until) }},
-	{"AGE", "archived_age_ms", func(s app.ClusterState) any {
+	{"GAPS", "gaps", func(s reached) any { return gaps(s.Windows()) }},
+	{"ARCHIVED", "archived_at", func(s reached) any { return unlessZero(s.Archived().Until) }},
+	{"AGE", "archived_age_ms", func(s reached) any {
 		if last := s.Archived().Until; !last.IsZero() {
 			return max(0, s.At.Sub(last).Milliseconds())
 		}
 		return nil
 	}},
-	{"ARCHIVER", "archiver", func(s app.ClusterState) any {
+	{"PROVED", "proved_at", func(s reached) any {
+		if s.proof == nil {
+			return nil
+		}
+		return s.proof.ProvedAt
+	}},
+	{"ARCHIVER", "archiver", func(s reached) any {
 		r := s.Archiver
 		if r == nil {
 			return nil
 		}
 		return map[string]any{"on": r.On, "failing": r.Failing(), "last_wal": r.LastWAL, "last_at": when(r.LastAt), "failed_wal": r.FailedWAL, "failed_at": when(r.FailedAt)}
 	}},
-	{"BACKUPS", "backups", func(s app.ClusterState) any {
+	{"BACKUPS", "backups", func(s reached) any {
 		list := []map[string]any{}
-		for _, r := range rowsOf(s) {
+		for _, r := range rowsOf(s.ClusterState) {
 			list = append(list, object(r, reachColumns))
 		}
 		return list
@@ -454,14 +466,22 @@ func physicalList(ctx context.Context, e *env, group string) error {
 	if err != nil {
 		return err
 	}
-	var states []app.ClusterState
+	proofs, err := a.PhysicalProofs(ctx)
+	if err != nil && ctx.Err() != nil {
+		return err // otherwise what there is of backups is told without the database
+	}
+	var states []reached
 	rows := []physicalRow{}
 	for _, k := range clusters {
 		s, err := a.PhysicalState(ctx, k)
 		if err != nil {
 			return err
 		}
-		states, rows = append(states, s), append(rows, rowsOf(s)...)
+		r := reached{ClusterState: s}
+		if p, is := proofs[k.Name]; is {
+			r.proof = &p
+		}
+		states, rows = append(states, r), append(rows, rowsOf(s)...)
 	}
 	switch e.output {
 	case "json", "yaml", "ndjson":
@@ -477,7 +497,7 @@ func physicalList(ctx context.Context, e *env, group string) error {
 }
 
 // sayReach tells what matters of a cluster.
-func sayReach(e *env, s app.ClusterState) {
+func sayReach(e *env, s reached) {
 	const form = "2006-01-02 15:04:05Z"
 	ws := s.Windows()
 	switch n := len(ws); {
@@ -494,6 +514,9 @@ func sayReach(e *env, s app.ClusterState) {
 	}
 	if last := s.Archived(); !last.Until.IsZero() {
 		e.say("%s: the last WAL was archived %s ago: what was committed since would be lost with the cluster", s.Cluster, short(max(0, s.At.Sub(last.Until))))
+	}
+	if s.proof != nil {
+		e.say("%s: a recovery was proved last on %s", s.Cluster, s.proof.ProvedAt.UTC().Format(form))
 	}
 	switch r := s.Archiver; {
 	case r == nil:
