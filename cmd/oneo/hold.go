@@ -67,6 +67,10 @@ func keepPast(ctx context.Context, e *env, a *app.App, at *atOptions, d time.Dur
 		at.at = m.Time.UTC().Format(time.RFC3339Nano) // the very same moment, however it was given
 		which = []string{"--at", at.at}
 	}
+	if kept, err := a.Kept(m); err != nil || kept {
+		return err // until the time that it was given first
+	}
+	//nolint:noctx // it outlives this command
 	cmd := exec.Command(self, slices.Concat(e.globalFlags(), []string{"hold"}, append(which, "--for", d.String(), "--progress", "none"))...)
 	cmd.Env = e.environ
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-C here is not for it
@@ -87,13 +91,11 @@ func keepPast(ctx context.Context, e *env, a *app.App, at *atOptions, d time.Dur
 	}
 	interrupted := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGINT) })
 	defer interrupted()
-	line, rerr := bufio.NewReader(out).ReadString('\n')
+	line, _ := bufio.NewReader(out).ReadString('\n') // what went wrong is told below
 	if strings.TrimSpace(line) == holdReady {
 		return cmd.Process.Release()
 	}
-	if err := cmd.Wait(); err == nil {
-		err = rerr
-	}
+	_ = cmd.Wait()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

@@ -87,14 +87,14 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 			})
 			// The past is read, and kept for what follows.
 			const count = "select count(*)::int as n from records"
-			answer, story := o.oneo(0, "sql", "-t", "east", "--at", at, "--keep=30s", "-o", "json", count)
+			answer, _ := o.oneo(0, "sql", "-t", "east", "--at", at, "--keep=30s", "-o", "json", count)
 			require.Regexp(t, `"n":2388`, answer)
 			scratch, err := os.ReadDir(o.scratch)
 			require.NoError(t, err)
 			require.Len(t, scratch, 1)
 			answer, _ = o.oneo(0, "sql", "-t", "east", "-o", "json", count)
 			require.Regexp(t, `"n":97`, answer)
-			answer, story = o.oneo(0, "restore", "-t", "east", "--at", at, "--diff", "-o", "json")
+			answer, story := o.oneo(0, "restore", "-t", "east", "--at", at, "--diff", "-o", "json")
 			require.Regexp(t, `"added": 2291,\s+"changed": 0,\s+"removed": 0,\s+"same": 97,\s+"table": "records"`, answer)
 			require.Contains(t, story, "recovered from the physical backup")
 			require.Equal(t, deleted, rows("east"))

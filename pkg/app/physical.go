@@ -290,6 +290,24 @@ func moved(g config.Group, c *physical.Cluster) (to config.Group, ok bool) {
 	return to, true
 }
 
+// Kept reports whether another process keeps all clusters at a moment.
+func (a *App) Kept(m Moment) (bool, error) {
+	clusters, err := a.PhysicalClusters()
+	if err != nil {
+		return false, err
+	}
+	for _, k := range clusters {
+		c, err := physical.Attach(a.ScratchDir(), k.Name, m.of(k))
+		if c == nil || err != nil {
+			return false, err
+		}
+		if err := c.Close(context.Background()); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
 // Keep offers the past to other processes for a while, and returns when nobody reads it any more behind that time, or the context ends.
 func (p *Past) Keep(ctx context.Context, d time.Duration, ready func()) error {
 	until := time.Now().Add(d)

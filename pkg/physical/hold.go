@@ -19,7 +19,10 @@ const useFile = "use"
 
 // Keep offers the cluster to other processes until a time. Its own process waits there, and closes it behind the last who reads.
 func (c *Cluster) Keep(name string, until time.Time) error {
-	if err := errors.Join(os.WriteFile(filepath.Join(c.dir, useFile), nil, 0o600)); err != nil {
+	if c.held == nil {
+		return errors.New("the cluster is another process's")
+	}
+	if err := os.WriteFile(filepath.Join(c.dir, useFile), nil, 0o600); err != nil {
 		return err
 	}
 	text, err := os.ReadFile(filepath.Join(c.dir, aboutFile))
