@@ -179,20 +179,9 @@ func (p *Postgres) initialise(ctx context.Context) error {
 
 // running refuses a data folder that another server is working on.
 func (p *Postgres) running() error {
-	text, err := os.ReadFile(filepath.Join(p.data(), "postmaster.pid"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read postmaster.pid: %w", err)
-	}
-	lines := strings.Split(string(text), "\n")
-	pid, err := strconv.Atoi(strings.TrimSpace(lines[0]))
-	if err != nil || pid <= 0 || syscall.Kill(pid, 0) != nil {
-		return nil // left behind by a killed server: PostgreSQL recovers by itself
-	}
-	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil && strings.TrimSpace(string(name)) != "postgres" {
-		return nil // the number is another process's by now
+	pid, err := pgserver.Running(p.data())
+	if err != nil || pid == 0 {
+		return err
 	}
 	return fault.New(fault.Conflict, "a PostgreSQL (pid %d) is running on %s already", pid, p.data()).WithCode("already_running").
 		WithHint("another `oneo dev` has this folder: stop it, or choose another one with --data")

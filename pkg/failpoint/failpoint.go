@@ -46,7 +46,8 @@ var All = []string{
 	"full.holding", "full.held", "full.shared", "full.tenant", "full.copied",
 	"refill.shared", "refill.built", "refill.finish", "refill.after", "refill.tenant",
 	"run.planning", "run.planned", "run.settling", "run.settled", "run.claimed", "run.worked",
-	"physical.copied", "physical.placed", "physical.pruned", "physical.begun", "physical.fetched", "physical.started", "physical.recovered",
+	"physical.copied", "physical.placed", "physical.pruned", "physical.begun", "physical.fetched", "physical.started", "physical.recovered", "physical.whole", "physical.settled",
+	"recover.switching", "recover.aside", "recover.switched",
 	"sql.bound", "sql.ran", "sql.marked", "sql.committed",
 }
 

@@ -2,7 +2,9 @@ package pgserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,6 +112,26 @@ func Gently() (prefix []string) {
 		}
 	}
 	return prefix
+}
+
+// Running is the process id of the server that works on a data folder; 0: none does, whatever a killed one has left.
+func Running(data string) (int, error) {
+	text, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read postmaster.pid: %w", err)
+	}
+	first, _, _ := strings.Cut(string(text), "\n")
+	pid, err := strconv.Atoi(strings.TrimSpace(first))
+	if err != nil || pid <= 0 || errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+		return 0, nil
+	}
+	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil && strings.TrimSpace(string(name)) != "postgres" {
+		return 0, nil // the number is another process's by now
+	}
+	return pid, nil
 }
 
 // Await waits until a server says in its pid file that it takes connections, for a minute. One that does not is stopped.

@@ -178,6 +178,14 @@ func (s Servant) Chown(path string) error {
 	return os.Chown(path, s.uid, s.gid)
 }
 
+// Lchown is Chown of a link itself.
+func (s Servant) Lchown(path string) error {
+	if s.credential == nil {
+		return nil
+	}
+	return os.Lchown(path, s.uid, s.gid)
+}
+
 // Command is a program that the servant runs.
 func (s Servant) Command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(name, args...)

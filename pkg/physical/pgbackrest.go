@@ -579,7 +579,7 @@ func (p *PgBackRest) Fetch(ctx context.Context, b Backup, dir string, only []str
 	if len(s.Backup) != 1 {
 		return fault.New(fault.NotFound, "there is no physical backup %s", b.Label).WithCode("backup_not_found").WithHint("oneo backup physical list")
 	}
-	spaces := dir + "-tablespaces"
+	spaces := dir + spacesSuffix
 	// The operator's settings may be for restores in place: none of them may lead out of dir.
 	args := []string{
 		"restore", "--repo=1", "--set=" + b.Label, "--type=none", "--pg1-path=" + dir, "--tablespace-map-all=" + spaces, "--reset-tablespace-map",

@@ -223,6 +223,27 @@ recovery-option=primary_conninfo=elsewhere
 	require.NoError(t, c.Close(context.Background()))
 	require.Empty(t, must(os.ReadDir(filepath.Join(a.dir, "scratch"))))
 
+	// One that is to stay has its tablespaces beside it.
+	next := filepath.Join(a.dir, "next")
+	c, err = physical.Recover(ctx, a.engine, physical.RecoverOptions{
+		Dir: filepath.Join(a.dir, "scratch"), Target: physical.Target{Time: before}, Role: "postgres", Database: "postgres", Final: filepath.Join(next, "postgres"),
+	})
+	require.NoError(t, err)
+	_, err = c.Settle(ctx, nil)
+	require.NoError(t, err)
+	require.NoError(t, c.Close(context.Background()))
+	names, err := filepath.Glob(filepath.Join(next, "*"))
+	require.NoError(t, err)
+	require.Equal(t, []string{filepath.Join(next, "postgres"), filepath.Join(next, "postgres-tablespaces")}, names)
+	stays, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: next, Trust: true})
+	require.NoError(t, err)
+	conn, err := pgx.Connect(ctx, stays.URL("crm"))
+	require.NoError(t, err)
+	require.NoError(t, conn.QueryRow(ctx, `select (select count(*) from spare) + (select count(*) from deals)`).Scan(&n))
+	require.Equal(t, 1003, n)
+	require.NoError(t, conn.Close(ctx))
+	require.NoError(t, stays.Stop(context.Background()))
+
 	info := a.info()
 	require.Equal(t, []physical.Backup{full, diff, incr}, info.Backups)
 	require.Equal(t, system, info.System)

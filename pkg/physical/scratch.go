@@ -39,6 +39,7 @@ type RecoverOptions struct {
 	// Report is told how far it is; may be nil. It may be called from another goroutine.
 	Report func(Progress)
 	// Final is the data folder of a cluster that is to stay, in the place of one that ends with us. It must be empty, or not be there.
+	// It is there when Settle has put it there, whole, and never before.
 	Final string
 }
 
@@ -51,7 +52,10 @@ type Cluster struct {
 
 	dir, data, run string
 	role, database string
-	final          bool
+	final          string // where the data folder is to stay; empty: it goes with the cluster
+	settled        bool
+	bin            string
+	servant        pgserver.Servant
 	process        *pgserver.Process
 	held           *os.File
 	auto           []byte   // postgresql.auto.conf as it was fetched
@@ -66,6 +70,8 @@ type about struct {
 	Made   time.Time `json:"made"`
 	Pid    int       `json:"pid"` // of the oneo that made it
 	Kept   *kept     `json:"kept,omitempty"`
+	// Final is where the data folder is to stay.
+	Final string `json:"final,omitempty"`
 }
 
 const (
@@ -100,7 +106,7 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 	if err != nil {
 		return nil, err
 	}
-	c = &Cluster{Target: o.Target, Backup: b, role: o.Role, database: o.Database, final: o.Final != ""}
+	c = &Cluster{Target: o.Target, Backup: b, role: o.Role, database: o.Database, bin: bin, servant: s}
 	made := c // a return with an error has taken c away
 	defer func() {
 		if err != nil {
@@ -111,7 +117,7 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 	if err := c.place(s, o); err != nil {
 		return nil, err
 	}
-	if err := room(c.data, b, info); err != nil {
+	if err := room(c.data, b, info, c.final != ""); err != nil {
 		return nil, err
 	}
 	if o.Begun != nil {
@@ -121,6 +127,9 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 		return nil, err
 	}
 	if err := e.Fetch(ctx, b, c.data, o.Only, o.Report); err != nil {
+		return nil, err
+	}
+	if err := c.forgetNote(); err != nil {
 		return nil, err
 	}
 	if err := failpoint.Hit("physical.fetched"); err != nil {
@@ -143,6 +152,15 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 	if err := s.Own(o.Dir); err != nil {
 		return err
 	}
+	if o.Final != "" {
+		var err error
+		if c.final, err = filepath.Abs(o.Final); err != nil {
+			return err
+		}
+		if err := vacant(o.Dir, c.final); err != nil {
+			return err
+		}
+	}
 	c.dir = filepath.Join(o.Dir, scratchPrefix+uuid.NewString()[:8])
 	c.run = filepath.Join(c.dir, "run")
 	if len(c.run) > 80 { // a socket's path may have 107 bytes
@@ -162,30 +180,23 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 	if err := syscall.Flock(int(c.held.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return err
 	}
-	text, err := json.Marshal(about{Why: o.Why, Target: o.Target.String(), Backup: c.Backup.Label, Made: time.Now().UTC(), Pid: os.Getpid()})
+	data := filepath.Join(c.dir, "data")
+	if c.final != "" {
+		data = beside(c.final, c.dir)
+	}
+	text, err := json.Marshal(about{Why: o.Why, Target: o.Target.String(), Backup: c.Backup.Label, Made: time.Now().UTC(), Pid: os.Getpid(), Final: c.final})
 	if err != nil {
 		return err
 	}
 	if _, err := c.held.Write(append(text, '\n')); err != nil {
 		return err
 	}
-	if c.final {
-		data, err := filepath.Abs(o.Final)
-		if err != nil {
-			return err
-		}
-		if entries, err := os.ReadDir(data); err == nil && len(entries) > 0 {
-			return fault.New(fault.Conflict, "the folder %s is not empty", data).WithCode("not_empty").WithHint("name one that is empty, or is not there")
-		}
-		c.data = data // only now: what fails is removed
-	} else {
-		c.data = filepath.Join(c.dir, "data")
-	}
+	c.data = data
 	return errors.Join(s.Own(c.data), s.Own(c.run))
 }
 
 // room refuses a recovery for which there is not enough room, before anything is fetched.
-func room(dir string, b Backup, info Info) error {
+func room(dir string, b Backup, info Info, final bool) error {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("look at the room in %s: %w", dir, err)
@@ -193,8 +204,12 @@ func room(dir string, b Backup, info Info) error {
 	// Replay makes the cluster larger, by no more than its WAL.
 	need, free := Room(b, info), int64(st.Bavail)*st.Bsize
 	if free < need {
+		where := "backup.physical.scratch"
+		if final {
+			where = "--into"
+		}
 		return fault.New(fault.Unavailable, "recovering needs about %d MB in %s, and %d MB are free", need>>20, dir, free>>20).WithCode("disk_full").
-			WithHint("free space, or choose another folder: backup.physical.scratch")
+			WithHint("free space, or choose another folder: %s", where)
 	}
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
@@ -220,22 +235,17 @@ type Estimate struct {
 // Room is about how many bytes of disk a recovery from a backup takes.
 func Room(b Backup, info Info) int64 { return b.Bytes + min(info.Replayed(b), b.Bytes) + spare }
 
-var controlLine = regexp.MustCompile(`(?m)^(max_\w+|track_commit_timestamp) setting:\s+(\S+)`)
-
 // least are settings that may not be less than where the WAL was written: PostgreSQL refuses to replay it otherwise.
 func least(s pgserver.Servant, bin, data string) (map[string]string, error) {
-	cmd := s.Command(filepath.Join(bin, "pg_controldata"), data)
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	text, err := cmd.Output()
+	said, err := control(s, bin, data)
 	if err != nil {
-		return nil, fmt.Errorf("pg_controldata: %w", err)
+		return nil, err
 	}
-	names := map[string]string{"max_connections": "max_connections", "max_worker_processes": "max_worker_processes", "max_wal_senders": "max_wal_senders",
-		"max_prepared_xacts": "max_prepared_transactions", "max_locks_per_xact": "max_locks_per_transaction"}
 	found := map[string]string{}
-	for _, m := range controlLine.FindAllStringSubmatch(string(text), -1) {
-		if name, ok := names[m[1]]; ok {
-			found[name] = m[2]
+	for word, name := range map[string]string{"max_connections": "max_connections", "max_worker_processes": "max_worker_processes", "max_wal_senders": "max_wal_senders",
+		"max_prepared_xacts": "max_prepared_transactions", "max_locks_per_xact": "max_locks_per_transaction"} {
+		if v, ok := said[word+" setting"]; ok {
+			found[name] = v
 		}
 	}
 	return found, nil
@@ -275,7 +285,7 @@ func (c *Cluster) start(ctx context.Context, s pgserver.Servant, bin, restore st
 	} {
 		settings[k] = v
 	}
-	if !c.final { // nothing of it is needed after a crash
+	if c.final == "" { // nothing of it is needed after a crash
 		settings["fsync"], settings["full_page_writes"], settings["synchronous_commit"] = "off", "off", "off"
 	}
 	for k, v := range c.Target.settings() {
@@ -394,19 +404,12 @@ func (c *Cluster) Data() string { return c.data }
 // Dir is the folder of what belongs to the cluster and goes with it, and of nobody else.
 func (c *Cluster) Dir() string { return c.dir }
 
-// Close stops the cluster and removes it, but for a final one's data folder.
+// Close stops the cluster and removes it, but for a data folder that has been settled.
 func (c *Cluster) Close(ctx context.Context) error {
 	if c.use != nil {
 		return c.use.Close()
 	}
-	if c.final {
-		if err := c.process.Stop(ctx, 5*time.Minute, syscall.SIGINT); err != nil {
-			return err
-		}
-		// Its own settings, for who starts it.
-		if err := os.WriteFile(filepath.Join(c.data, "postgresql.auto.conf"), c.auto, 0o600); err != nil {
-			return err
-		}
+	if c.settled {
 		c.data = ""
 	}
 	return c.remove(ctx)
@@ -420,7 +423,10 @@ func (c *Cluster) remove(ctx context.Context) error {
 		}
 	}
 	var errs []error
-	for _, dir := range []string{c.data, c.run, c.dir} {
+	if c.data != "" {
+		errs = append(errs, os.RemoveAll(c.data), os.RemoveAll(c.data+spacesSuffix))
+	}
+	for _, dir := range []string{c.run, c.dir} {
 		if dir != "" {
 			errs = append(errs, os.RemoveAll(dir))
 		}
@@ -438,6 +444,9 @@ type Leftover struct {
 	Target string    `json:"target"`
 	Made   time.Time `json:"made"`
 	Bytes  int64     `json:"size_bytes"`
+	Pid    int       `json:"pid,omitempty"`
+	// Final is where a data folder was to stay that was not made whole.
+	Final string `json:"final,omitempty"`
 }
 
 // Leftovers are the scratch clusters in a folder whose process has died.
@@ -464,13 +473,20 @@ func Leftovers(dir string) (found []Leftover, err error) {
 		l := Leftover{Dir: path}
 		var a about
 		if err := json.NewDecoder(file).Decode(&a); err == nil {
-			l.Why, l.Target, l.Made = a.Why, a.Target, a.Made
+			l.Why, l.Target, l.Made, l.Pid, l.Final = a.Why, a.Target, a.Made, a.Pid, a.Final
 		} else if st, err := e.Info(); err == nil {
 			l.Made = st.ModTime()
 		}
 		_ = file.Close()
 		if l.Bytes, err = sizeOf(path); err != nil {
 			return nil, err
+		}
+		if l.Final != "" {
+			n, err := sizeOf(beside(l.Final, path))
+			if err != nil {
+				return nil, err
+			}
+			l.Bytes += n
 		}
 		found = append(found, l)
 	}
@@ -496,17 +512,23 @@ func abandoned(dir string) (*os.File, error) {
 	return file, nil
 }
 
-// RemoveLeftover removes a scratch cluster that nobody holds, and its server if that still ends.
+// RemoveLeftover removes a scratch cluster that nobody holds, with the half made data folder of one that was to stay, and its server
+// if that still ends.
 func RemoveLeftover(ctx context.Context, dir string) error {
 	file, err := abandoned(dir)
 	if err != nil || file == nil {
 		return err
 	}
 	defer file.Close()
-	if err := endServer(ctx, filepath.Join(dir, "data")); err != nil {
+	data := filepath.Join(dir, "data")
+	var about about
+	if err := json.NewDecoder(file).Decode(&about); err == nil && about.Final != "" {
+		data = beside(about.Final, dir)
+	}
+	if err := endServer(ctx, data); err != nil {
 		return err
 	}
-	return os.RemoveAll(dir)
+	return errors.Join(os.RemoveAll(data), os.RemoveAll(data+spacesSuffix), os.RemoveAll(dir))
 }
 
 // endServer ends a server that outlives the process that started it.

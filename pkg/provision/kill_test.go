@@ -146,10 +146,10 @@ func TestKillEverywhere(t *testing.T) {
 	t.Parallel()
 	for _, group := range []string{"main", "second"} {
 		for _, place := range slices.Concat(failpoint.All, claiming) {
-			// Runs over the fleet, backups, their schedules and what erasures have left are killed in cmd/oneo, migrations of one tenant in pkg/migrate, undo points in
+			// Runs over the fleet, backups, their schedules, recoveries of clusters and what erasures have left are killed in cmd/oneo, migrations of one tenant in pkg/migrate, undo points in
 			// pkg/snapshot, archives and moves in pkg/transfer, full backups and their restores in pkg/backup.
 			switch kind, _, _ := strings.Cut(place, "."); kind {
-			case "run", "migrate", "down", "sql", "point", "undo", "export", "load", "merge", "move", "backup", "schedule", "full", "refill", "left":
+			case "run", "migrate", "down", "sql", "point", "undo", "export", "load", "merge", "move", "backup", "schedule", "full", "refill", "left", "physical", "recover":
 				continue
 			}
 			t.Run(group+" "+place, func(t *testing.T) {
