@@ -101,6 +101,9 @@ func runDev(ctx context.Context, e *env, o devOptions) (err error) {
 	if o.dir, err = filepath.Abs(o.dir); err != nil {
 		return err
 	}
+	if err := notSwitching(o.dir); err != nil {
+		return err
+	}
 	c, err := devConfig(e, o.dir)
 	if err != nil {
 		return err

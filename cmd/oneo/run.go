@@ -377,7 +377,7 @@ New here? ` + "`oneo dev`" + ` starts everything on this machine, with demo data
 	root.CompletionOptions.HiddenDefaultCmd = false
 	root.AddCommand(
 		newInitCmd(e), newServeCmd(e), newDevCmd(e), newTUICmd(e), newStatusCmd(e), newCancelCmd(e), newTenantCmd(e), newTopCmd(e), newDomainCmd(e), newUserCmd(e), newAdminCmd(e), newKeyCmd(e),
-		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newUndoCmd(e), newSQLCmd(e), newHoldCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newDoctorCmd(e), newConfigCmd(e), newHostsCmd(e), newLogsCmd(e), newVersionCmd(e),
+		newMigrateCmd(e), newBackupCmd(e), newRestoreCmd(e), newRecoverCmd(e), newUndoCmd(e), newSQLCmd(e), newHoldCmd(e), newEachCmd(e), newPsqlCmd(e), newInspectCmd(e), newCacheCmd(e), newDoctorCmd(e), newConfigCmd(e), newHostsCmd(e), newLogsCmd(e), newVersionCmd(e),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodes},
 	)
 	root.InitDefaultHelpCmd()

@@ -309,6 +309,9 @@ func (b *Backups) erased(ctx context.Context) (map[string]time.Time, error) {
 	return all, nil
 }
 
+// Erased are the tenants of which the store knows that they are erased, by their ids, and since when. It asks no database.
+func (b *Backups) Erased(ctx context.Context) (map[string]time.Time, error) { return b.erased(ctx) }
+
 // erasedAt reads when a tenant was erased; of a note that cannot be understood, now: it is there.
 func (b *Backups) erasedAt(ctx context.Context, name string) (time.Time, error) {
 	in, err := b.o.Store.Get(ctx, name)
