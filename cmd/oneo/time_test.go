@@ -15,7 +15,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/oneo-crm/oneo/pkg/pgtest"
-	"github.com/oneo-crm/oneo/pkg/physical"
 )
 
 // newArchivedOffices are the demonstration's tenants on a server that archives its WAL, with a physical backup behind them.
@@ -25,25 +24,15 @@ func newArchivedOffices(t *testing.T, engine string) *offices {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	repo := filepath.Join(dir, "physical")
-	files, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main")})
-	require.NoError(t, err)
-	plan, err := files.Plan(t.Context())
-	require.NoError(t, err)
-	plan.Settings["archive_timeout"] = "0"
-	env := pgtest.NewAlone(t, dir, plan.Settings)
+	env := pgtest.NewAlone(t, dir, map[string]string{"archive_mode": "on", "full_page_writes": "on"})
 	c := command{t: t, env: env, environ: append(slices.Clone(patience), []string{
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
 		"ONEO_BACKUP_PHYSICAL_ENGINE=" + engine, "ONEO_BACKUP_PHYSICAL_DIR=" + repo,
 	}...)}
 	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, env.AdminURL)}, keys: map[string]string{}, scratch: filepath.Join(repo, ".scratch")}
 	o.open()
-	_, err = o.at["main"].Exec(t.Context(), `alter role oneo_owner replication; grant execute on function pg_create_restore_point(text), pg_switch_wal() to oneo_owner`)
-	require.NoError(t, err)
-	mine, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main"), URL: env.Group.OwnerURL})
-	require.NoError(t, err)
-	require.NoError(t, mine.Prepare(t.Context()))
-	_, err = mine.Create(t.Context(), physical.CreateOptions{})
-	require.NoError(t, err)
+	o.oneo(0, "backup", "physical", "setup", "--admin-url", env.AdminURL)
+	o.oneo(0, "backup", "physical", "create")
 	return o
 }
 
@@ -51,7 +40,7 @@ func newArchivedOffices(t *testing.T, engine string) *offices {
 // others work, and undoes it again.
 func TestTheSecondBeforeTheDeletion(t *testing.T) {
 	t.Parallel()
-	for _, engine := range []string{"files"} {
+	for _, engine := range []string{"files", "pgbackrest"} {
 		t.Run(engine, func(t *testing.T) {
 			t.Parallel()
 			o := newArchivedOffices(t, engine)
