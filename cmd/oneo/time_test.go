@@ -51,8 +51,8 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 				return sums
 			}
 			east, west := rows("east"), rows("west")
-			var at string
-			require.NoError(t, o.at["main"].QueryRow(t.Context(), `select to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD HH24:MI:SS.US+00') from pg_sleep(0.01)`).Scan(&at))
+			var at string // pgBackRest knows the end of a backup by the second
+			require.NoError(t, o.at["main"].QueryRow(t.Context(), `select to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD HH24:MI:SS.US+00') from pg_sleep(1.1)`).Scan(&at))
 			time.Sleep(10 * time.Millisecond)
 			o.oneo(0, "sql", "-t", "east", "--write", "--yes", `delete from records where pipeline_id in (select id from pipelines where key = 'opportunities')`)
 			o.requireWon("east", o.keys["east"], http.StatusOK, 0)
@@ -76,7 +76,7 @@ func TestTheSecondBeforeTheDeletion(t *testing.T) {
 			})
 			// The past is read, and kept for what follows.
 			const count = "select count(*)::int as n from records"
-			answer, _ := o.oneo(0, "sql", "-t", "east", "--at", at, "--keep=30s", "-o", "json", count)
+			answer, _ := o.oneo(0, "sql", "-t", "east", "--at", at, "--keep=15s", "-o", "json", count)
 			require.Regexp(t, `"n":2388`, answer)
 			scratch, err := os.ReadDir(o.scratch)
 			require.NoError(t, err)

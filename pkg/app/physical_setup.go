@@ -121,7 +121,7 @@ func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + 
 // URL, is another cluster's.
 func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]Need, error) {
 	if adminURL != "" {
-		if err := a.meetAll(ctx, k, adminURL); err != nil {
+		if err := a.meetAll(ctx, k, adminURL, false); err != nil {
 			return nil, err
 		}
 	}
@@ -130,6 +130,12 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 		repository.State, repository.Has = NeedUnknown, fault.Of(err).Message
 	} else if err != nil {
 		return nil, err
+	}
+	// Not before there is what archive_command runs: an archiver that cannot run it rests for a minute.
+	if adminURL != "" && repository.Healthy() {
+		if err := a.meetAll(ctx, k, adminURL, true); err != nil {
+			return nil, err
+		}
 	}
 	needs, err := a.physicalNeeds(ctx, k)
 	if err != nil {
@@ -152,17 +158,23 @@ func (a *App) SetUpPhysical(ctx context.Context, k Cluster, adminURL string) ([]
 
 // MeetPhysical sets and grants what is missing, with the URL of a superuser, and makes the cluster's repository. Faults as of SetUpPhysical.
 func (a *App) MeetPhysical(ctx context.Context, k Cluster, adminURL string) error {
-	if err := a.meetAll(ctx, k, adminURL); err != nil {
+	if err := a.meetAll(ctx, k, adminURL, false); err != nil {
 		return err
 	}
-	return k.Engine.Prepare(ctx)
+	if err := k.Engine.Prepare(ctx); err != nil {
+		return err
+	}
+	return a.meetAll(ctx, k, adminURL, true)
 }
 
-// meetAll does what is missing, and waits until the server has read it.
-func (a *App) meetAll(ctx context.Context, k Cluster, adminURL string) error {
+// meetAll does what is missing of the settings, or of all else, and waits until the server has read it.
+func (a *App) meetAll(ctx context.Context, k Cluster, adminURL string, settings bool) error {
 	needs, err := a.physicalNeeds(ctx, k)
-	if err != nil || !lacking(needs) {
+	if err != nil {
 		return err
+	}
+	if needs = slices.DeleteFunc(needs, func(n Need) bool { return n.setting != settings }); !lacking(needs) {
+		return nil
 	}
 	if err := a.meet(ctx, k, adminURL, needs); err != nil {
 		return err
@@ -172,7 +184,7 @@ func (a *App) meetAll(ctx context.Context, k Cluster, adminURL string) error {
 			return err
 		}
 		// One that cannot be set so, as it stands on the server's command line, is told as missing.
-		if !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.setting }) || time.Now().After(deadline) {
+		if !settings || !slices.ContainsFunc(needs, func(n Need) bool { return n.State == NeedMissing && n.setting }) || time.Now().After(deadline) {
 			return nil
 		}
 		select {
