@@ -117,7 +117,7 @@ func restore(ctx context.Context, e *env, o restoreOptions) error {
 	if o.database {
 		return restoreFull(ctx, e, o)
 	}
-	if o.slug != "" && o.as != "" && o.file != latestBackup {
+	if o.slug != "" && o.as != "" && o.file != latestBackup && !o.at.given() {
 		return errUsage{fault.New(fault.Invalid, "--tenant and --as exclude each other")}
 	}
 	switch {

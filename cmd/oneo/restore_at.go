@@ -96,6 +96,11 @@ func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []
 		if r.was, err = tenantThen(ctx, past, r); err != nil {
 			return err
 		}
+		if r.live.ID == "" && o.as == "" {
+			if err := notElsewhere(ctx, a, r.was); err != nil {
+				return err
+			}
+		}
 		m, err := newMeter(e, o.progress, "taken")
 		if err != nil {
 			return err
@@ -133,6 +138,23 @@ func tenantThen(ctx context.Context, past *app.Past, r *returning) (t tenant.Ten
 		return t, fault.New(fault.NotFound, "the tenant %s was purged already at %s", r.slug, at).WithCode("unknown_tenant").WithTenant(r.slug)
 	}
 	return t, nil
+}
+
+// notElsewhere refuses a tenant that lives under another name by now.
+func notElsewhere(ctx context.Context, a *app.App, was tenant.Tenant) error {
+	var now tenant.Tenant
+	err := a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) (err error) {
+		now, err = registry.ByID(ctx, tx, was.ID)
+		return err
+	})
+	switch {
+	case fault.Is(err, fault.NotFound) || err == nil && now.State == tenant.Purged:
+		return nil
+	case err != nil:
+		return err
+	}
+	return fault.New(fault.Conflict, "the tenant that was called %s then is called %s now", was.Slug, now.Slug).WithCode("renamed").WithTenant(now.Slug.String()).
+		WithHint("take it back: -t %s; make another tenant of it: --as NAME", now.Slug)
 }
 
 // putBack makes what a tenant was then of the tenant that lives.
