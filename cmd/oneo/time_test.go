@@ -24,29 +24,15 @@ func newArchived(t *testing.T, engine string) (c command, scratch string, backUp
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	repo := filepath.Join(dir, "physical")
-<<<<<<< HEAD
 	env := pgtest.NewAlone(t, dir, map[string]string{"archive_mode": "on", "full_page_writes": "on"})
-	c := command{t: t, env: env, environ: append(slices.Clone(patience), []string{
-=======
-	files, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main")})
-	require.NoError(t, err)
-	plan, err := files.Plan(t.Context())
-	require.NoError(t, err)
-	plan.Settings["archive_timeout"] = "0"
-	env := pgtest.NewAlone(t, dir, plan.Settings)
 	c = command{t: t, env: env, environ: append(slices.Clone(patience), []string{
->>>>>>> 7ca914f (restore --at: --as; a tenant of another name by now is told; what became of tenants since)
 		"ONEO_DATABASE_URL=" + env.Group.URL, "ONEO_DATABASE_OWNER_URL=" + env.Group.OwnerURL, "ONEO_SERVER_SECRET=" + pgtest.Secret,
 		"ONEO_BACKUP_PHYSICAL_ENGINE=" + engine, "ONEO_BACKUP_PHYSICAL_DIR=" + repo,
 	}...)}
 	return c, filepath.Join(repo, ".scratch"), func() {
 		t.Helper()
-		c.sql(`alter role oneo_owner replication; grant execute on function pg_create_restore_point(text), pg_switch_wal() to oneo_owner`)
-		mine, err := physical.NewFiles(physical.FilesOptions{Dir: filepath.Join(repo, "main"), URL: env.Group.OwnerURL})
-		require.NoError(t, err)
-		require.NoError(t, mine.Prepare(t.Context()))
-		_, err = mine.Create(t.Context(), physical.CreateOptions{})
-		require.NoError(t, err)
+		c.run(0, "backup physical setup --admin-url "+env.AdminURL)
+		c.run(0, "backup physical create")
 	}
 }
 
@@ -56,12 +42,7 @@ func newArchivedOffices(t *testing.T, engine string) *offices {
 	c, scratch, backUp := newArchived(t, engine)
 	o := &offices{command: c, at: map[string]*pgx.Conn{"main": pgtest.Admin(t, c.env.AdminURL)}, keys: map[string]string{}, scratch: scratch}
 	o.open()
-<<<<<<< HEAD
-	o.oneo(0, "backup", "physical", "setup", "--admin-url", env.AdminURL)
-	o.oneo(0, "backup", "physical", "create")
-=======
 	backUp()
->>>>>>> 7ca914f (restore --at: --as; a tenant of another name by now is told; what became of tenants since)
 	return o
 }
 
