@@ -33,6 +33,7 @@ func newArchived(t *testing.T) (s *scheduled, superuser string, open func(...fun
 	require.NoError(t, err)
 	plan, err := engine.Plan(ctx)
 	require.NoError(t, err)
+	plan.Settings["track_commit_timestamp"] = "on"
 	pg, err := devstack.StartPostgres(ctx, devstack.PostgresOptions{Dir: dir, Fast: true, Trust: true, Settings: plan.Settings})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, pg.Stop(context.Background())) })
