@@ -27,7 +27,8 @@ func newBackupScheduleCmd(e *env) *cobra.Command {
 		Long: `Show the schedules of backup.schedules: when each one's time comes next, what became of the last time that
 was taken on, and how many passed without a backup, which is when no server was there, or the backup before was
 still at work. Those of the kind drill restore backups and take them back, as ` + "`oneo backup drill`" + ` does, and make
-none; those of the kind physical back up whole clusters, as ` + "`oneo backup physical create`" + ` does. Times are UTC.
+none; those of the kind physical back up whole clusters, as ` + "`oneo backup physical create`" + ` does, and those of
+the kind physical-drill recover them to a random moment, as ` + "`oneo backup drill --physical`" + ` does. Times are UTC.
 
 A schedule is overdue when its time has passed and no server has looked for five minutes, new until one
 has, and stuck when it cannot be begun, or gone on with, for some minutes. --late shows the selected tenants whose newest backup is older than the schedule promises: than its last
@@ -206,7 +207,7 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 func lateTenants(ctx context.Context, a *app.App, b *backup.Backups, rows []scheduled) ([]lateTenant, error) {
 	late := []lateTenant{}
 	for _, r := range rows {
-		if r.IsDrill() || r.IsPhysical() { // it promises no tenant's backup
+		if r.IsDrill() || r.OfClusters() { // it promises no tenant's backup
 			continue
 		}
 		promised := r.promise()

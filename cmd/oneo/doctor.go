@@ -152,6 +152,7 @@ func physicalOf(ctx context.Context, a *app.App) ([]doctor.Physical, error) {
 	if err != nil {
 		return nil, err
 	}
+	proofs, perr := a.PhysicalProofs(ctx)
 	list := []doctor.Physical{}
 	for _, k := range clusters {
 		s, err := a.PhysicalState(ctx, k)
@@ -163,6 +164,9 @@ func physicalOf(ctx context.Context, a *app.App) ([]doctor.Physical, error) {
 			if p.Archives = r.On; r.Failing() {
 				p.Failing = *r.FailedWAL
 			}
+		}
+		if proved := proofs[k.Name].ProvedAt; perr == nil {
+			p.Proved = &proved
 		}
 		list = append(list, p)
 	}

@@ -30,6 +30,9 @@ type PhysicalProof struct {
 	Duration time.Duration
 }
 
+// proofsKept is how many proofs of a cluster are remembered.
+const proofsKept = 100
+
 // Rehearsed is what became of one tenant of a rehearsed recovery.
 type Rehearsed struct {
 	Tenant tenant.Tenant
@@ -49,6 +52,9 @@ func (a *App) RandomMoment(ctx context.Context) (time.Time, error) {
 		info, err := k.Engine.Info(ctx)
 		if err != nil {
 			return time.Time{}, err
+		}
+		if info.System == "" {
+			return time.Time{}, fault.New(fault.Unavailable, "%s: there is no repository for physical backups in %s", k.Name, k.Where).WithCode(noRepository).WithHint("oneo backup physical setup")
 		}
 		ws := info.Windows()
 		if i == 0 {
@@ -100,7 +106,7 @@ func overlaps(xs, ys []physical.Window) (both []physical.Window) {
 // Rehearse recovers a moment and takes tenants of it as a restore would: those that f selects of then, and of these some that are drawn at
 // random; sample 0: all. Each is written into
 // an archive, which is restored and compared in the recovered cluster itself: nothing live has any part in it. What was proved is
-// remembered if every tenant came back.
+// remembered if every tenant came back, with the 99 of each cluster before it.
 func (a *App) Rehearse(ctx context.Context, o PastOptions, f registry.Filter, sample int, each func(Rehearsed)) (proofs []PhysicalProof, err error) {
 	start := time.Now()
 	o.Groups = a.DB.Groups()
@@ -165,10 +171,14 @@ func (a *App) Rehearse(ctx context.Context, o PastOptions, f registry.Filter, sa
 	}
 	err = a.DB.AsOwner(ctx, postgres.MainGroup, func(tx *postgres.OwnerTx) error {
 		const note = `insert into public.physical_proofs (cluster, target, backup, tenants, rows, duration_ms) values ($1, $2, $3, $4, $5, $6) returning proved_at`
+		const forget = `delete from public.physical_proofs where cluster = $1 and proved_at < (select min(proved_at) from (select proved_at from public.physical_proofs where cluster = $1 order by proved_at desc limit $2) newest)`
 		for i := range proofs {
 			p := &proofs[i]
 			p.Duration = time.Since(start)
 			if err := tx.QueryRow(ctx, note, p.Cluster, p.Target, p.Backup, p.Tenants, p.Rows, p.Duration.Milliseconds()).Scan(&p.ProvedAt); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, forget, p.Cluster, proofsKept); err != nil {
 				return err
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -87,7 +88,7 @@ func (a *App) Scheduler() (*schedule.Scheduler, error) {
 		return nil, err
 	}
 	var b *backup.Backups
-	if slices.ContainsFunc(a.Config.Backup.Schedules, func(c config.Schedule) bool { return !c.IsPhysical() }) {
+	if slices.ContainsFunc(a.Config.Backup.Schedules, func(c config.Schedule) bool { return !c.OfClusters() }) {
 		if b, err = a.Backups(); err != nil {
 			return nil, err
 		}
@@ -103,6 +104,8 @@ func (a *App) Scheduler() (*schedule.Scheduler, error) {
 				return a.drillOnSchedule(ctx, b, c, t)
 			case c.IsPhysical():
 				return a.physicalOnSchedule(ctx, c, t)
+			case c.IsPhysicalDrill():
+				return a.physicalDrillOnSchedule(ctx, c, t)
 			}
 			return a.backUpOnSchedule(ctx, b, c, t)
 		},
@@ -131,7 +134,7 @@ type raised struct {
 func (a *App) alarm(ctx context.Context, al schedule.Alarm) {
 	c, _ := a.configured(al.Schedule)
 	kind := c.KindOrBackup()
-	what := "a scheduled " + kind
+	what := "a scheduled " + strings.ReplaceAll(kind, "-", " ")
 	if c.IsPhysical() {
 		what += " backup"
 	}

@@ -17,13 +17,14 @@ import (
 
 // The kinds of schedules.
 const (
-	KindBackup   = "backup"
-	KindDrill    = "drill"
-	KindPhysical = "physical"
+	KindBackup        = "backup"
+	KindDrill         = "drill"
+	KindPhysical      = "physical"
+	KindPhysicalDrill = "physical-drill"
 )
 
 // Schedule says when which tenants are backed up by `oneo serve`, when it is proved that they can be restored, or when whole
-// clusters are backed up.
+// clusters are backed up, or recovered to prove that.
 type Schedule struct {
 	Name     string        `mapstructure:"name"`
 	Kind     string        `mapstructure:"kind"` // empty: KindBackup
@@ -37,11 +38,17 @@ type Schedule struct {
 	Copies   string        `mapstructure:"copies"` // of a physical backup: full, diff or incr; empty: full
 }
 
-// IsDrill reports whether the schedule proves backups, and makes none.
+// IsDrill reports whether the schedule proves tenants' backups, and makes none.
 func (s Schedule) IsDrill() bool { return s.Kind == KindDrill }
 
 // IsPhysical reports whether the schedule backs up whole clusters, and no tenants.
 func (s Schedule) IsPhysical() bool { return s.Kind == KindPhysical }
+
+// IsPhysicalDrill reports whether the schedule recovers whole clusters, to prove that it can be done.
+func (s Schedule) IsPhysicalDrill() bool { return s.Kind == KindPhysicalDrill }
+
+// OfClusters reports whether the schedule is about the physical backups of whole clusters, and about no tenant's archive.
+func (s Schedule) OfClusters() bool { return s.IsPhysical() || s.IsPhysicalDrill() }
 
 // KindOrBackup is what the schedule does.
 func (s Schedule) KindOrBackup() string {
@@ -51,7 +58,7 @@ func (s Schedule) KindOrBackup() string {
 	return s.Kind
 }
 
-// Drilled is how many of the selected tenants a drill restores; 0: all.
+// Drilled is how many of the tenants a drill restores; 0: all.
 func (s Schedule) Drilled() int {
 	if s.Sample == nil {
 		return 5
@@ -145,7 +152,7 @@ func (t Times) shortest() time.Duration {
 // checkSchedules names what cannot be used of backup.schedules.
 func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 	const key = "backup.schedules"
-	if c.Backup.URL == "" && slices.ContainsFunc(c.Backup.Schedules, func(s Schedule) bool { return !s.IsPhysical() }) {
+	if c.Backup.URL == "" && slices.ContainsFunc(c.Backup.Schedules, func(s Schedule) bool { return !s.OfClusters() }) {
 		bad(key, "needs backup.url: the place where backups are kept")
 	}
 	known := c.AllGroups()
@@ -169,6 +176,10 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 			bad(at+".jobs", "must be from 1 to 100, or 0: 2")
 		}
 		switch sel := s.Select; {
+		case s.IsPhysicalDrill():
+			if !reflect.DeepEqual(sel, Select{}) {
+				bad(at+".select", "a physical drill is of all clusters, and draws from the tenants that were there at its moment: none can be selected")
+			}
 		case s.IsPhysical():
 			if sel.AllTenants || len(sel.Tenant) > 0 || len(sel.Exclude) > 0 || len(sel.State) > 0 {
 				bad(at+".select", "a physical backup is of whole clusters: only group may be given, for the cluster of one")
@@ -192,9 +203,9 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 			bad(at+".select.group", "database group %q is not configured", s.Select.Group)
 		}
 		switch {
-		case !slices.Contains([]string{"", KindBackup, KindDrill, KindPhysical}, s.Kind):
-			bad(at+".kind", "%q is no kind of schedule; use backup, drill or physical", s.Kind)
-		case s.IsPhysical() && c.Backup.Physical.Engine == "":
+		case !slices.Contains([]string{"", KindBackup, KindDrill, KindPhysical, KindPhysicalDrill}, s.Kind):
+			bad(at+".kind", "%q is no kind of schedule; use backup, drill, physical or physical-drill", s.Kind)
+		case s.OfClusters() && c.Backup.Physical.Engine == "":
 			bad(at+".kind", "a physical backup needs backup.physical.engine")
 		case !s.IsPhysical() && s.Copies != "":
 			bad(at+".copies", "is for physical backups")
@@ -202,9 +213,9 @@ func (c Config) checkSchedules(bad func(key, format string, args ...any)) {
 			bad(at+".copies", "%q is no kind of physical backup; use full, diff or incr", s.Copies)
 		case s.Copies != "" && s.Copies != "full" && c.Backup.Physical.Engine == "files":
 			bad(at+".copies", "the engine files makes full backups only")
-		case s.IsDrill() && s.Keep != (Keep{}):
+		case (s.IsDrill() || s.IsPhysicalDrill()) && s.Keep != (Keep{}):
 			bad(at+".keep", "is for backups: a drill takes none away")
-		case !s.IsDrill() && s.Sample != nil:
+		case !s.IsDrill() && !s.IsPhysicalDrill() && s.Sample != nil:
 			bad(at+".sample", "is for drills: a backup is made of all that are selected")
 		case s.Drilled() < 0:
 			bad(at+".sample", "must not be below 0")

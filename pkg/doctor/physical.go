@@ -11,6 +11,7 @@ import (
 var physicalChecks = []Check{
 	{Name: "physical-archiving", Group: Store, About: "the clusters archive their WAL, as backup.physical.engine promises", run: checkArchiving},
 	{Name: "physical-backups", Group: Store, About: "any moment since the last physical backup can be had back", run: checkPhysical},
+	{Name: "physical-proofs", Group: Store, About: "a recovery of every cluster was proved in the last 30 days", run: checkPhysicalProofs},
 	{Name: "scratch", Group: Store, About: "no recovered cluster was left behind", run: checkScratch},
 }
 
@@ -21,6 +22,8 @@ type Physical struct {
 	// Answers: the cluster does. Archives: it archives WAL. Failing is the WAL that it tried to archive last, in vain.
 	Answers, Archives bool
 	Failing           string
+	// Proved is when a recovery was proved last: zero, never; nil: nobody can say, since the database does not answer.
+	Proved *time.Time
 }
 
 // physical reads it once.
@@ -82,6 +85,36 @@ func checkPhysical(ctx context.Context, d *Doctor, r *report) error {
 			r.found(Warn, "", create+"; a schedule of the kind physical makes them by itself", "the newest physical backup of %s is %d days old", p.Cluster, int(age.Hours()/24))
 		default:
 			r.ok("%s: moments from %s on", p.Cluster, p.Info.Windows()[0].From.UTC().Format(time.RFC3339))
+		}
+	}
+	return err
+}
+
+// unprovedAge is how old a cluster's oldest physical backup may be before a recovery was ever proved. It is less than proofAge: many
+// keep none for so long.
+const unprovedAge = 7 * 24 * time.Hour
+
+func checkPhysicalProofs(ctx context.Context, d *Doctor, r *report) error {
+	const drill = "oneo backup drill --physical; a schedule of the kind physical-drill does it by itself"
+	all, err := d.physical(ctx, r)
+	for _, p := range all {
+		oldest := d.o.Now()
+		for _, b := range p.Info.Backups {
+			if b.Bad == "" && b.Stop.Before(oldest) {
+				oldest = b.Stop
+			}
+		}
+		switch {
+		case p.Proved == nil:
+			r.found(Warn, "", "is the server running, and its shared schema migrated?", "nobody can say when a recovery of %s was proved last", p.Cluster)
+		case p.Proved.IsZero() && d.o.Now().Sub(oldest) <= unprovedAge:
+			r.ok("%s: not yet", p.Cluster)
+		case p.Proved.IsZero():
+			r.found(Warn, "", drill, "no recovery of %s was ever proved: nobody knows whether it can be had back", p.Cluster)
+		case d.o.Now().Sub(*p.Proved) > proofAge:
+			r.found(Warn, "", drill, "a recovery of %s was proved last %d days ago", p.Cluster, int(d.o.Now().Sub(*p.Proved).Hours()/24))
+		default:
+			r.ok("%s: on %s", p.Cluster, p.Proved.UTC().Format(time.DateOnly))
 		}
 	}
 	return err

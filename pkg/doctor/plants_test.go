@@ -169,8 +169,9 @@ func withPhysical(wrong func(*doctor.Physical)) func(*doctor.Options) {
 	return func(o *doctor.Options) {
 		o.Physical = func(context.Context) ([]doctor.Physical, error) {
 			made := time.Now().Add(-24 * time.Hour)
+			proved := made
 			segment := func(n uint64) string { return physical.LSN(n*physical.SegmentSize).Segment(1, physical.SegmentSize) }
-			p := doctor.Physical{Cluster: "main", Answers: true, Archives: true, Info: physical.Info{
+			p := doctor.Physical{Cluster: "main", Answers: true, Archives: true, Proved: &proved, Info: physical.Info{
 				Backups: []physical.Backup{{Label: "20261126T034512Z", Stop: made, Timeline: 1, StartLSN: 2 * physical.SegmentSize}},
 				WAL:     []physical.Stretch{{First: segment(1), Last: segment(9), From: made.Add(-time.Hour), Until: time.Now()}},
 			}}
@@ -291,6 +292,12 @@ insert into public.tasks (run, ordinal, tenant, slug, group_name, state, to_vers
 	{check: "physical-backups", status: doctor.Warn, says: "torn is no good: its files are not there", options: withPhysical(func(p *doctor.Physical) {
 		p.Info.Backups = append(p.Info.Backups, physical.Backup{Label: "torn", Bad: "its files are not there"})
 	})},
+	{check: "physical-proofs", status: doctor.Warn, says: "was proved last 31 days ago", options: withPhysical(func(p *doctor.Physical) { *p.Proved = time.Now().Add(-31*24*time.Hour - time.Minute) })},
+	{check: "physical-proofs", status: doctor.Warn, says: "no recovery of main was ever proved", options: withPhysical(func(p *doctor.Physical) {
+		*p.Proved = time.Time{}
+		p.Info.Backups = append(p.Info.Backups, physical.Backup{Label: "20261101T034512Z", Stop: time.Now().Add(-7*24*time.Hour - time.Minute), Timeline: 1, StartLSN: physical.SegmentSize})
+	})},
+	{check: "physical-proofs", status: doctor.Warn, says: "nobody can say", options: withPhysical(func(p *doctor.Physical) { p.Proved = nil })},
 }
 
 // TestEachPlantedFaultIsFoundAndHealed plants one fault after another in a healthy fleet: its check finds it by name, nothing
