@@ -32,7 +32,7 @@ func (a *App) physicalDrillOnSchedule(ctx context.Context, c config.Schedule, t 
 		return schedule.Result{}, ctx.Err()
 	}
 	if err != nil {
-		a.Log.ErrorContext(ctx, "a physical drill on schedule has failed", "code", fault.Of(err).StableCode(), "schedule", c.Name, "moment", m.Time.UTC(), "error", err)
+		a.Log.ErrorContext(ctx, "a physical drill on schedule has failed", "code", fault.Of(err).StableCode(), "schedule", c.Name, "error", err)
 		if end.Err == "" {
 			end.Err = fault.Of(err).Message
 		}
@@ -49,13 +49,14 @@ func (a *App) rehearseOnSchedule(ctx context.Context, c config.Schedule, m Momen
 			a.Log.InfoContext(ctx, fmt.Sprintf(format, args...), "schedule", c.Name)
 		},
 	}
+	a.Log.InfoContext(ctx, "a physical drill on schedule has drawn its moment", "schedule", c.Name, "moment", m.Time.UTC())
 	proofs, err := a.Rehearse(ctx, o, registry.Filter{}, c.Drilled(), func(r Rehearsed) {
 		if r.Err == nil {
 			end.OK++
 			return
 		}
 		slug := r.Tenant.Slug.String()
-		a.Log.ErrorContext(ctx, "a tenant did not come back from a recovered cluster", "code", fault.Of(r.Err).StableCode(), "schedule", c.Name, "tenant", slug, "moment", m.Time.UTC(), "error", r.Err)
+		a.Log.ErrorContext(ctx, "a tenant did not come back from a recovered cluster", "code", fault.Of(r.Err).StableCode(), "schedule", c.Name, "tenant", slug, "error", r.Err)
 		if end.Failed++; end.Err == "" {
 			end.Err = slug + ": " + fault.Of(r.Err).Message
 		}
