@@ -166,6 +166,9 @@ var lateColumns = []column[lateTenant]{
 	}},
 }
 
+// promises reports whether it is of tenants' backups.
+func (s scheduled) promises() bool { return !s.IsDrill() && !s.OfClusters() }
+
 // promise is the time that each selected tenant's newest backup must not be older than; zero: there is none yet.
 func (s scheduled) promise() time.Time {
 	if s.EndedAt != nil && s.healthy {
@@ -184,7 +187,7 @@ func (s scheduled) promise() time.Time {
 
 func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check bool) error {
 	late := []lateTenant{}
-	if len(rows) > 0 {
+	if slices.ContainsFunc(rows, scheduled.promises) {
 		_, b, err := e.backups()
 		if err != nil {
 			return err
@@ -207,7 +210,7 @@ func showLate(ctx context.Context, e *env, a *app.App, rows []scheduled, check b
 func lateTenants(ctx context.Context, a *app.App, b *backup.Backups, rows []scheduled) ([]lateTenant, error) {
 	late := []lateTenant{}
 	for _, r := range rows {
-		if r.IsDrill() || r.OfClusters() { // it promises no tenant's backup
+		if !r.promises() {
 			continue
 		}
 		promised := r.promise()
