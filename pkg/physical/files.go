@@ -260,7 +260,19 @@ func (f *Files) Create(ctx context.Context, o CreateOptions) (b Backup, err erro
 			_ = os.RemoveAll(part)
 		}
 	}()
-	if err := f.copyCluster(ctx, s.Major, part, b.Label, o.Report); err != nil {
+	cctx, giveUp := context.WithCancelCause(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		patiently(cctx, conn, giveUp)
+	}()
+	err = f.copyCluster(cctx, s.Major, part, b.Label, o.Report)
+	if cause := context.Cause(cctx); err != nil && cause != nil {
+		err = cause
+	}
+	giveUp(nil)
+	<-watched
+	if err != nil {
 		return b, err
 	}
 	if err := failpoint.Hit("physical.copied"); err != nil {
@@ -345,8 +357,36 @@ func (f *Files) sweep() error {
 	return nil
 }
 
+// patiently watches a copy. At its end PostgreSQL waits until the WAL that it needs is archived, for ever if need be, and says why in its
+// log alone.
+func patiently(ctx context.Context, conn *pgx.Conn, giveUp func(error)) {
+	for since := time.Now(); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+		var waits bool
+		const ask = `select exists (select from pg_catalog.pg_stat_progress_basebackup where phase = 'waiting for wal archiving to finish')`
+		if err := conn.QueryRow(context.WithoutCancel(ctx), ask).Scan(&waits); err != nil {
+			giveUp(err)
+			return
+		}
+		if !waits {
+			since = time.Now()
+		}
+		if time.Since(since) > archivePatience {
+			giveUp(fault.New(fault.Unavailable, "the WAL of the backup was not archived within %s", archivePatience).WithCode("not_archiving").
+				WithHint("PostgreSQL's log says why archive_command fails; also: select * from pg_stat_archiver"))
+			return
+		}
+	}
+}
+
 var copied = regexp.MustCompile(`(\d+)/(\d+) kB`)
 
+// copyCluster copies all but the WAL, which lies in the archive. (To stream it, pg_basebackup makes a process that goes on for ever when
+// its parent is killed.)
 func (f *Files) copyCluster(ctx context.Context, major int, dir, label string, report func(Progress)) error {
 	bin, err := pgserver.FindMajor(major)
 	if err != nil {
@@ -356,7 +396,7 @@ func (f *Files) copyCluster(ctx context.Context, major int, dir, label string, r
 	if err != nil {
 		return fault.New(fault.Invalid, "the URL of the cluster cannot be read").WithCode("bad_url")
 	}
-	cmd := f.servant.Command(filepath.Join(bin, "pg_basebackup"), "--pgdata", dir, "--format", "plain", "--wal-method", "stream",
+	cmd := f.servant.Command(filepath.Join(bin, "pg_basebackup"), "--pgdata", dir, "--format", "plain", "--wal-method", "none",
 		"--checkpoint", "fast", "--manifest-checksums", "CRC32C", "--label", "oneo "+label, "--progress", "--no-password", "--verbose",
 		"--host", cfg.Host, "--port", strconv.Itoa(int(cfg.Port)), "--username", cfg.User)
 	cmd.Env = append(os.Environ(), "PGPASSWORD="+cfg.Password, "LC_ALL=C.UTF-8")

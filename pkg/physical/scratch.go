@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/oneo-crm/oneo/pkg/failpoint"
 	"github.com/oneo-crm/oneo/pkg/fault"
@@ -77,7 +78,10 @@ type about struct {
 const (
 	aboutFile     = "scratch.json"
 	scratchPrefix = "scratch-"
-	socketPort    = 5432 // a part of the socket's name: nothing listens on a network
+	damaged       = "damaged" // the code of what is not what was written
+	// recoverySignal lies in the data folder of a cluster that is to recover.
+	recoverySignal = "recovery.signal"
+	socketPort     = 5432 // a part of the socket's name: nothing listens on a network
 	// spare is what must be left free on the disk besides the cluster itself.
 	spare = 256 << 20
 	// memory is what PostgreSQL takes for itself while it recovers.
@@ -135,13 +139,35 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 	if err := failpoint.Hit("physical.fetched"); err != nil {
 		return nil, err
 	}
-	if err := c.start(ctx, s, bin, e.RestoreCommand()); err != nil {
+	if err := c.shut(); err != nil {
 		return nil, err
 	}
-	if err := failpoint.Hit("physical.started"); err != nil {
+	run := func(settings map[string]string) error {
+		if err := c.start(ctx, s, bin, e.RestoreCommand(), settings); err != nil {
+			return err
+		}
+		if err := failpoint.Hit("physical.started"); err != nil {
+			return err
+		}
+		return c.replay(ctx, info, o.Report)
+	}
+	err = run(o.Target.settings())
+	last, lerr := time.Parse("2006-01-02 15:04:05Z", c.last())
+	switch {
+	case err == nil:
+	case fault.Of(err).StableCode() == damaged && b.Major >= 15:
+		// It reads ahead, and may have met what is damaged behind the moment.
+		settings := o.Target.settings()
+		settings["recovery_prefetch"] = "off"
+		err = run(settings)
+	case lerr == nil && o.Target.Point == "" && last.Equal(o.Target.Time) && !info.gapAfter(b):
+		// It ends at the first commit behind a moment, and behind the very last one there is none: all of the WAL is the moment.
+		err = run(nil)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if err := c.replay(ctx, info, o.Report); err != nil {
+	if err := os.Chmod(c.tablespaces(), 0o700); err != nil { // nothing is replayed any more
 		return nil, err
 	}
 	return c, failpoint.Hit("physical.recovered")
@@ -162,15 +188,13 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 		}
 	}
 	c.dir = filepath.Join(o.Dir, scratchPrefix+uuid.NewString()[:8])
-	c.run = filepath.Join(c.dir, "run")
-	if len(c.run) > 80 { // a socket's path may have 107 bytes
-		var err error
-		if c.run, err = os.MkdirTemp("", "oneo-"); err != nil {
-			return err
-		}
-	}
 	if err := s.Own(c.dir); err != nil {
 		return err
+	}
+	if c.run = runOf(c.dir); filepath.Dir(c.run) != c.dir {
+		if err := os.Mkdir(c.run, 0o700); err != nil { // nobody else may have made it
+			return err
+		}
 	}
 	var err error
 	// Held for as long as this process lives: what nobody holds was left behind.
@@ -193,6 +217,20 @@ func (c *Cluster) place(s pgserver.Servant, o RecoverOptions) error {
 	}
 	c.data = data
 	return errors.Join(s.Own(c.data), s.Own(c.run))
+}
+
+// runOf is where the socket of a scratch cluster lies: its path may have 107 bytes, so a deep folder has it elsewhere.
+func runOf(dir string) string {
+	if run := filepath.Join(dir, "run"); len(run) <= 80 {
+		return run
+	}
+	return filepath.Join(os.TempDir(), "oneo-"+filepath.Base(dir))
+}
+
+// full reports whether a folder's disk has no room for another file of WAL.
+func full(dir string) bool {
+	var st syscall.Statfs_t
+	return syscall.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize < SegmentSize //nolint:unconvert // the types differ between systems
 }
 
 // room refuses a recovery for which there is not enough room, before anything is fetched.
@@ -235,6 +273,32 @@ type Estimate struct {
 // Room is about how many bytes of disk a recovery from a backup takes.
 func Room(b Backup, info Info) int64 { return b.Bytes + min(info.Replayed(b), b.Bytes) + spare }
 
+func (c *Cluster) tablespaces() string { return filepath.Join(c.data, "pg_tblspc") }
+
+// shut keeps the cluster from the folders of the live one's tablespaces. Replaying that a tablespace was made would link to its own folder,
+// which is the live cluster's if that is on this machine, and write there. PostgreSQL, which is never root, cannot make a link in a folder
+// that it may not write to, and ends. Unfit: what was fetched leads elsewhere already.
+func (c *Cluster) shut() error {
+	entries, err := os.ReadDir(c.tablespaces())
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		to, err := filepath.EvalSymlinks(filepath.Join(c.tablespaces(), e.Name()))
+		if err != nil {
+			return fmt.Errorf("look where a tablespace lies: %w", err)
+		}
+		data, err := filepath.EvalSymlinks(c.data)
+		if err != nil {
+			return err
+		}
+		if !strings.HasPrefix(to, data+spacesSuffix+"/") && !strings.HasPrefix(to, data+"/") {
+			return fault.New(fault.Unfit, "a tablespace of the physical backup %s lies in %s, which is not its own", c.Backup.Label, to).WithCode("tablespaces")
+		}
+	}
+	return os.Chmod(c.tablespaces(), 0o500)
+}
+
 // least are settings that may not be less than where the WAL was written: PostgreSQL refuses to replay it otherwise.
 func least(s pgserver.Servant, bin, data string) (map[string]string, error) {
 	said, err := control(s, bin, data)
@@ -251,18 +315,18 @@ func least(s pgserver.Servant, bin, data string) (map[string]string, error) {
 	return found, nil
 }
 
-// start starts PostgreSQL on what was fetched so that it recovers to the target, whatever the settings in it say: none of these
-// may archive, send or listen.
-func (c *Cluster) start(ctx context.Context, s pgserver.Servant, bin, restore string) error {
+// start starts PostgreSQL on what was fetched so that it recovers to the target, or to the end of the WAL if there is none, whatever the
+// settings in it say: none of these may archive, send or listen.
+func (c *Cluster) start(ctx context.Context, s pgserver.Servant, bin, restore string, target map[string]string) error {
 	settings, err := least(s, bin, c.data)
 	if err != nil {
 		return err
 	}
 	files := map[string]string{
-		filepath.Join(c.dir, "postgresql.conf"):  "# Written by oneo: all settings are given at the start.\n",
-		filepath.Join(c.dir, "hba.conf"):         "local all all trust\n", // the socket's folder lets nobody in but PostgreSQL's user
-		filepath.Join(c.dir, "ident.conf"):       "",
-		filepath.Join(c.data, "recovery.signal"): "",
+		filepath.Join(c.dir, "postgresql.conf"): "# Written by oneo: all settings are given at the start.\n",
+		filepath.Join(c.dir, "hba.conf"):        "local all all trust\n", // the socket's folder lets nobody in but PostgreSQL's user
+		filepath.Join(c.dir, "ident.conf"):      "",
+		filepath.Join(c.data, recoverySignal):   "",
 	}
 	auto := filepath.Join(c.data, "postgresql.auto.conf")
 	was, err := os.ReadFile(auto)
@@ -288,15 +352,14 @@ func (c *Cluster) start(ctx context.Context, s pgserver.Servant, bin, restore st
 	if c.final == "" { // nothing of it is needed after a crash
 		settings["fsync"], settings["full_page_writes"], settings["synchronous_commit"] = "off", "off", "off"
 	}
-	for k, v := range c.Target.settings() {
+	for k, v := range target {
 		settings[k] = v
 	}
-	c.process, err = pgserver.Start(s, pgserver.StartOptions{Bin: bin, Data: c.data, Log: c.log(), Settings: settings, Gentle: true})
-	if err != nil {
-		return err
+	if c.process == nil {
+		c.auto = was
 	}
-	c.auto = was
-	return nil
+	c.process, err = pgserver.Start(s, pgserver.StartOptions{Bin: bin, Data: c.data, Log: c.log(), Settings: settings, Gentle: true})
+	return err
 }
 
 func (c *Cluster) log() string { return filepath.Join(c.dir, "postgres.log") }
@@ -308,10 +371,16 @@ func (c *Cluster) replay(ctx context.Context, info Info, report func(Progress)) 
 		if c.process.Ended() {
 			return c.diagnose(info)
 		}
+		all := c.replayed() // before it is asked
 		recovering, p, err := c.look(ctx)
+		var refused *pgconn.PgError
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
+		case all && errors.As(err, &refused) && refused.Code[:2] != "53" && refused.Code[:2] != "57":
+			// Neither busy nor ending: nothing that it will get over. Until all is replayed, the role and the database may still come.
+			return fault.Wrap(err, fault.NotFound, "the cluster cannot be asked as it was at %s: %s", c.Target, refused.Message).WithCode("not_there_then").
+				WithHint("if its database or its owner was made later, choose a later moment")
 		case err == nil && !recovering:
 			return nil
 		case err == nil:
@@ -325,6 +394,12 @@ func (c *Cluster) replay(ctx context.Context, info Info, report func(Progress)) 
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+}
+
+// replayed reports whether everything is: PostgreSQL removes the file then, also from before it can be written to.
+func (c *Cluster) replayed() bool {
+	_, err := os.Lstat(filepath.Join(c.data, recoverySignal))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // look asks how far the replay is. An error: it cannot be asked yet.
@@ -354,22 +429,34 @@ func (c *Cluster) look(ctx context.Context) (recovering bool, p Progress, err er
 	return recovering, p, nil
 }
 
-var lastCommit = regexp.MustCompile(`last completed transaction was at log time ([0-9: .-]+)`)
+var lastCommit = regexp.MustCompile(`last completed transaction was at log time ([0-9: .-]+[0-9])`)
+
+// last is when the last transaction that was replayed before the WAL ended was committed, as PostgreSQL's log says; empty: it does not.
+func (c *Cluster) last() string {
+	text := pgserver.Tail(c.log())
+	if m := lastCommit.FindStringSubmatch(text); m != nil && strings.Contains(text, "ended before configured recovery target was reached") {
+		return m[1] + "Z"
+	}
+	return ""
+}
 
 // diagnose says why PostgreSQL ended in the middle of a recovery.
 func (c *Cluster) diagnose(info Info) error {
 	text := pgserver.Tail(c.log())
 	has := func(s string) bool { return strings.Contains(text, s) }
 	switch {
-	case has("is damaged"):
-		return fault.New(fault.Unfit, "archived WAL is damaged: %s", lineWith(text, "is damaged")).WithCode("damaged").
-			WithHint("moments after this file can be reached from a later backup only: oneo backup physical list")
-	case has("No space left on device"):
+	case has("No space left on device"), full(c.dir), full(c.data): // the log may be on the same disk
 		return fault.New(fault.Unavailable, "the disk of %s is full", c.dir).WithCode("disk_full").WithHint("free space, or choose another folder: backup.physical.scratch")
+	case has("is damaged"):
+		return fault.New(fault.Unfit, "archived WAL is damaged: %s", lineWith(text, "is damaged")).WithCode(damaged).
+			WithHint("moments after this file can be reached from a later backup only: oneo backup physical list")
+	case has(`could not create symbolic link "pg_tblspc/`), has(`could not create directory "pg_tblspc/`):
+		return fault.New(fault.Unfit, "a tablespace was made after the physical backup %s: a recovery from it would write into that one's folder", c.Backup.Label).WithCode("tablespaces").
+			WithHint("moments before it can be reached; those after it from a backup that has it, which pgBackRest makes")
 	case has("ended before configured recovery target was reached"):
 		until := "before the end of the backup"
-		if m := lastCommit.FindStringSubmatch(text); m != nil {
-			until = "at " + strings.TrimSpace(m[1]) + "Z"
+		if last := c.last(); last != "" {
+			until = "at " + last
 		}
 		f := fault.New(fault.NotFound, "%s cannot be reached: the last transaction in the archived WAL was committed %s", c.Target, until)
 		if s := info.stretch(c.Backup); s != nil && info.gapAfter(c.Backup) {
@@ -424,6 +511,7 @@ func (c *Cluster) remove(ctx context.Context) error {
 	}
 	var errs []error
 	if c.data != "" {
+		_ = os.Chmod(c.tablespaces(), 0o700) // so that what is in it can be removed; it may not be there
 		errs = append(errs, os.RemoveAll(c.data), os.RemoveAll(c.data+spacesSuffix))
 	}
 	for _, dir := range []string{c.run, c.dir} {
@@ -528,7 +616,8 @@ func RemoveLeftover(ctx context.Context, dir string) error {
 	if err := endServer(ctx, data); err != nil {
 		return err
 	}
-	return errors.Join(os.RemoveAll(data), os.RemoveAll(data+spacesSuffix), os.RemoveAll(dir))
+	_ = os.Chmod((&Cluster{data: data}).tablespaces(), 0o700) // as in remove
+	return errors.Join(os.RemoveAll(data), os.RemoveAll(data+spacesSuffix), os.RemoveAll(runOf(dir)), os.RemoveAll(dir))
 }
 
 // endServer ends a server that outlives the process that started it.
