@@ -230,7 +230,7 @@ func runOf(dir string) string {
 // full reports whether a folder's disk has no room for another file of WAL.
 func full(dir string) bool {
 	var st syscall.Statfs_t
-	return syscall.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize < SegmentSize //nolint:unconvert // the types differ between systems
+	return syscall.Statfs(dir, &st) == nil && int64(st.Bavail)*st.Bsize < SegmentSize
 }
 
 // room refuses a recovery for which there is not enough room, before anything is fetched.
