@@ -101,8 +101,10 @@ func examine(ctx context.Context, e *env, o doctorOptions) error {
 	}
 	if a.Config.Backup.URL != "" {
 		do.Store = func() (store.Store, error) { return store.Open(a.Config.Backup.URL, a.Environ) }
-		do.Schedules = func(ctx context.Context) ([]doctor.Schedule, error) { return standingOf(ctx, a) }
 		do.Backups = func(ctx context.Context) (doctor.Backups, error) { return backupsFor(ctx, a) }
+	}
+	if a.Config.Backup.URL != "" || len(a.Config.Backup.Schedules) > 0 { // physical ones need no store
+		do.Schedules = func(ctx context.Context) ([]doctor.Schedule, error) { return standingOf(ctx, a) }
 	}
 	if a.Config.Backup.Physical.Engine != "" {
 		do.Physical = func(ctx context.Context) ([]doctor.Physical, error) { return physicalOf(ctx, a) }

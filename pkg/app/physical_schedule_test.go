@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -170,7 +171,8 @@ func (s *scheduled) rehearse(open func(...func(*config.Config)) *app.App) {
 	// Whoever restores meanwhile has a cluster of his own.
 	past, err := a.Recover(ctx, app.PastOptions{Moment: app.Moment{Time: b.Stop}, Why: t.Name(), Say: t.Logf, Report: func(string, physical.Progress) {}})
 	require.NoError(t, err)
-	defer func() { require.NoError(t, past.Close()) }()
+	leave := sync.OnceFunc(func() { require.NoError(t, past.Close()) })
+	defer leave()
 	for _, sql := range []string{
 		`insert into public.physical_proofs select 'main', now(), 'x', 1, 1, now() - n * interval '1 hour', 1 from generate_series(1, 120) n`,
 		`insert into public.physical_proofs select 'other', now(), 'x', 1, 1, now() - n * interval '1 year', 1 from generate_series(1, 2) n`,
@@ -205,6 +207,7 @@ func (s *scheduled) rehearse(open func(...func(*config.Config)) *app.App) {
 	scratch, err := os.ReadDir(a.ScratchDir())
 	require.NoError(t, err)
 	require.Len(t, scratch, 1, "the drill's is gone")
+	leave()
 
 	// What may pass is tried again before anything is recovered.
 	repo := clusters[0].Where
@@ -218,7 +221,17 @@ func (s *scheduled) rehearse(open func(...func(*config.Config)) *app.App) {
 	require.NoError(t, os.Rename(whose+".away", whose))
 	require.Equal(t, schedule.CodeFailed, told(t, heard).Code)
 
-	// A backup from which nothing comes back fails the drill at once, and no other moment is tried.
+	// A recovery that fails has failed, whatever may pass: no other moment is tried.
+	require.NoError(t, os.Remove(a.ScratchDir()))
+	require.NoError(t, os.WriteFile(a.ScratchDir(), nil, 0o600))
+	s.physicalDue(config.KindPhysicalDrill)
+	st = s.ended(anew...)
+	require.Zero(t, st.Tries)
+	require.NotEmpty(t, st.Err)
+	require.NoError(t, os.Remove(a.ScratchDir()))
+	require.Equal(t, schedule.CodeFailed, told(t, heard).Code)
+
+	// So it has from a backup that is damaged.
 	manifest := filepath.Join(repo, "base", b.Label, "backup_manifest")
 	text, err := os.ReadFile(manifest)
 	require.NoError(t, err)

@@ -129,7 +129,8 @@ func checkStoreDisk(_ context.Context, d *Doctor, r *report) error {
 }
 
 func checkSchedules(ctx context.Context, d *Doctor, r *report) error {
-	if d.noStore(r) {
+	if d.o.Schedules == nil {
+		r.skip("there are none (backup.schedules)")
 		return nil
 	}
 	list, err := d.o.Schedules(ctx)
