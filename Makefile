@@ -10,7 +10,7 @@ FUZZTIME ?= 500000x
 # Their tests are child processes, servers and SQL for the most part. The race detector doubles their time, and what they do at
 # one time they do by rooms that are tested with it; `make race` runs it over them too. So is lint: it waits for an interpreter.
 # They are built with traces (the tag otel), the others as oneo is.
-PLAIN := /(cmd/oneo|pkg/(app|lint|provision|transfer|backup|snapshot|migrate))$$
+PLAIN := /(cmd/oneo|pkg/(app|lint|provision|transfer|backup|snapshot|migrate|physical))$$
 
 .DEFAULT_GOAL := help
 .PHONY: help build dev test race check lint fmt bench fuzz golden cover
