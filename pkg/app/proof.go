@@ -63,25 +63,15 @@ func (a *App) RandomMoment(ctx context.Context) (time.Time, error) {
 		}
 		common = overlaps(common, ws)
 	}
-	var total time.Duration
-	for _, w := range common {
-		total += w.Until.Sub(w.From)
-	}
 	if len(common) == 0 {
 		return time.Time{}, fault.New(fault.NotFound, "there is no moment that can be reached").WithCode("no_physical_backup").WithHint("oneo backup physical list")
 	}
-	if total <= 0 {
-		return common[len(common)-1].From, nil
+	// Of the last window, which goes on: where another one ends the last commit may be earlier than its WAL was archived.
+	w := common[len(common)-1]
+	if d := w.Until.Sub(w.From); d > 0 {
+		return w.From.Add(rand.N(d)), nil //nolint:gosec // any moment will do
 	}
-	at := rand.N(total) //nolint:gosec // any moment will do
-	for _, w := range common {
-		if d := w.Until.Sub(w.From); at >= d {
-			at -= d
-			continue
-		}
-		return w.From.Add(at), nil
-	}
-	return common[len(common)-1].Until, nil
+	return w.From, nil
 }
 
 // overlaps are the stretches of time that are in both.
