@@ -267,6 +267,16 @@ func TestRecoverOneClusterOfTwo(t *testing.T) {
 	require.Equal(t, filepath.Join(f.dir, "both", "second"), a.Clusters[1].Data)
 	_, err = physical.ReadNote(a.Clusters[1].Data)
 	require.NoError(t, err)
+
+	// One tenant comes back from where it was then, to where it is: from main to second, and from second to main.
+	f.run(0, "user add ada@acme.example -t acme --role member")
+	there := f.now()
+	require.Contains(t, f.run(0, "restore -t acme --yes --at "+at.UTC().Format(time.RFC3339Nano)), "restored tenant acme")
+	require.NotContains(t, f.run(0, "user list -t acme"), "ada@acme.example")
+	f.run(0, "tenant move acme --to main --force")
+	told := f.run(0, "restore -t acme --yes --at "+there.UTC().Format(time.RFC3339Nano))
+	require.Contains(t, told, "then it was in the group second: once more, with its cluster")
+	require.Contains(t, f.run(0, "user list -t acme"), "ada@acme.example")
 }
 
 // Wherever a switch dies, the next one ends it; neither folder is lost.

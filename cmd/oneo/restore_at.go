@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/oneo-crm/oneo/pkg/app"
 	"github.com/oneo-crm/oneo/pkg/fault"
+	"github.com/oneo-crm/oneo/pkg/physical"
 	"github.com/oneo-crm/oneo/pkg/postgres"
 	"github.com/oneo-crm/oneo/pkg/registry"
 	"github.com/oneo-crm/oneo/pkg/tenant"
@@ -30,6 +32,11 @@ func restoreAt(ctx context.Context, e *env, o restoreOptions) error {
 		return errUsage{fault.New(fault.Invalid, "say which tenant is to be taken back").WithCode("no_tenant").WithHint("add -t NAME")}
 	case len(o.slugs) > 1 && o.as != "":
 		return errUsage{fault.New(fault.Invalid, "--as makes one tenant of one")}
+	}
+	if o.at.at != "" {
+		if _, err := physical.ParseTime(o.at.at, time.Now(), time.Local); err != nil {
+			return errUsage{err}
+		}
 	}
 	if !e.yes && !e.terminal && !o.diff && o.as == "" {
 		// It would be asked behind the recovery, which takes its time.
@@ -83,7 +90,7 @@ func restoreAt(ctx context.Context, e *env, o restoreOptions) error {
 
 // remember recovers the moment and writes the tenants, as they were then, into files of their own.
 func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []*returning, groups []string) (err error) {
-	past, err := o.at.recover(ctx, e, a, o.progress, "oneo restore -t "+strings.Join(o.slugs, " -t "), groups)
+	past, err := recoverTenants(ctx, e, a, o, todo, groups)
 	if err != nil {
 		return err
 	}
@@ -93,9 +100,6 @@ func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []
 		}
 	}()
 	for _, r := range todo {
-		if r.was, err = tenantThen(ctx, past, r); err != nil {
-			return err
-		}
 		if r.live.ID == "" && o.as == "" {
 			if err := notElsewhere(ctx, a, r.was); err != nil {
 				return err
@@ -114,6 +118,39 @@ func remember(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []
 		e.say("%s had %s row(s) then", r.was.Slug, grouped(rows))
 	}
 	return nil
+}
+
+// recoverTenants recovers the moment, and finds out which tenants are meant. Where one of them was in another group then, that group's
+// cluster is needed too: it is known only now.
+func recoverTenants(ctx context.Context, e *env, a *app.App, o restoreOptions, todo []*returning, groups []string) (*app.Past, error) {
+	for {
+		past, err := o.at.recover(ctx, e, a, o.progress, "oneo restore -t "+strings.Join(o.slugs, " -t "), groups)
+		if err != nil {
+			return nil, err
+		}
+		var missing []string
+		for _, r := range todo {
+			if r.was, err = tenantThen(ctx, past, r); err != nil {
+				return nil, errors.Join(err, past.Close())
+			}
+			if !slices.Contains(past.DB.Groups(), r.was.Group) {
+				missing = append(missing, r.was.Group)
+			}
+		}
+		if len(missing) == 0 {
+			return past, nil
+		}
+		if err := past.Close(); err != nil {
+			return nil, err
+		}
+		for _, g := range missing {
+			if slices.Contains(groups, g) || !slices.Contains(a.DB.Groups(), g) {
+				return nil, fault.New(fault.Invalid, "the database group %q, in which it was then, is not configured", g).WithCode("unknown_group")
+			}
+		}
+		groups = append(groups, missing...)
+		e.say("then it was in the group %s: once more, with its cluster", strings.Join(missing, ", "))
+	}
 }
 
 // tenantThen is a tenant as it was: by its identity if it lives, otherwise by its name.
@@ -167,6 +204,9 @@ func putBack(ctx context.Context, e *env, a *app.App, o restoreOptions, r *retur
 		e.say("there is no tenant %s any more: it is made anew", r.slug)
 		return tenantImport(ctx, e, o.importOptions)
 	case r.live.State == tenant.Dropped && !o.diff && o.parts.IsZero():
+		if err := e.confirm(ctx, "bring the dropped tenant "+r.slug+" back"); err != nil {
+			return err
+		}
 		e.say("tenant %s is dropped: it comes back first", r.slug)
 		t, err := a.Provision.Undrop(ctx, r.live.Slug, e.actor())
 		if err != nil {
