@@ -259,7 +259,7 @@ func (a *App) recoverCluster(ctx context.Context, k Cluster, o PastOptions, grou
 	return physical.Recover(ctx, k.Engine, physical.RecoverOptions{
 		Dir: a.ScratchDir(), Target: o.Moment.of(k), Role: k.role, Database: k.database, Only: databasesOf(k, groups), Why: o.Why,
 		Begun: func(e physical.Estimate) {
-			o.Say("%s: the physical backup %s, and at most %d MB of WAL behind it; about %d MB of disk in %s for as long as it takes", k.Name, e.Backup.Label, e.WAL>>20, e.Disk>>20, a.ScratchDir())
+			o.Say("%s: the physical backup %s, and at most %d MB of WAL behind it; about %d MB of disk in %s, probably for less than %s", k.Name, e.Backup.Label, e.WAL>>20, e.Disk>>20, a.ScratchDir(), e.Time)
 		},
 		Report: func(p physical.Progress) { o.Report(k.Name, p) },
 	})

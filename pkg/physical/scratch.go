@@ -125,7 +125,7 @@ func Recover(ctx context.Context, e Engine, o RecoverOptions) (c *Cluster, err e
 		return nil, err
 	}
 	if o.Begun != nil {
-		o.Begun(Estimate{Backup: b, Disk: Room(b, info), WAL: info.Replayed(b)})
+		o.Begun(estimate(b, info))
 	}
 	if err := failpoint.Hit("physical.begun"); err != nil {
 		return nil, err
@@ -268,6 +268,20 @@ type Estimate struct {
 	Backup Backup
 	Disk   int64 // bytes, about
 	WAL    int64 // bytes that are replayed, at most
+	// Time is how long it takes on an ordinary disk, rather too long than too short; the progress knows better.
+	Time time.Duration
+}
+
+// Bytes a second that an ordinary machine fetches and checks, and replays, while it leaves most of itself to others.
+const (
+	fetchRate  = 100 << 20
+	replayRate = 30 << 20
+)
+
+func estimate(b Backup, info Info) Estimate {
+	e := Estimate{Backup: b, Disk: Room(b, info), WAL: info.Replayed(b)}
+	e.Time = time.Second * time.Duration(1+b.Bytes/fetchRate+e.WAL/replayRate)
+	return e
 }
 
 // Room is about how many bytes of disk a recovery from a backup takes.
