@@ -87,9 +87,9 @@ cleanup() {
   local file
   for file in ${placed[@]+"${placed[@]}"}; do as_root rm -f "$file"; done
   # Only when the installation failed: otherwise it is the package's folder, and holds more than ours. A folder that
-  # stays is empty and harms nobody; how the installation ended must stay the script's own end.
-  if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
-    as_root rmdir -p --ignore-fail-on-non-empty "$(dirname "$cluster")" 2>/dev/null || true
+  # stays is told, and is not how the script ends: that is how the installation ended.
+  if [ ! -e /etc/postgresql-common/createcluster.conf ] && [ -d "$(dirname "$cluster")" ]; then
+    as_root rmdir -p --ignore-fail-on-non-empty "$(dirname "$cluster")" || echo "setup: the empty folder $(dirname "$cluster") stays" >&2
   fi
   rm -f "$log"
 }

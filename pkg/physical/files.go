@@ -614,12 +614,8 @@ func (f *Files) find(ctx context.Context, label string) (Backup, Info, error) {
 	if err != nil {
 		return Backup{}, info, err
 	}
-	for _, b := range info.Backups {
-		if b.Label == label {
-			return b, info, nil
-		}
-	}
-	return Backup{}, info, fault.New(fault.NotFound, "there is no physical backup %s", label).WithCode("backup_not_found").WithHint("oneo backup physical list")
+	b, err := info.Find(label)
+	return b, info, err
 }
 
 // Verify compares the copy with its manifest, and reads the WAL that follows it.

@@ -13,6 +13,15 @@ import (
 	"github.com/oneo-crm/oneo/pkg/fault"
 )
 
+// Find is a backup by its label. NotFound: there is none.
+func (i Info) Find(label string) (Backup, error) {
+	k := slices.IndexFunc(i.Backups, func(b Backup) bool { return b.Label == label })
+	if k < 0 {
+		return Backup{}, fault.New(fault.NotFound, "there is no physical backup %s", label).WithCode("backup_not_found").WithHint("oneo backup physical list")
+	}
+	return i.Backups[k], nil
+}
+
 // Reach is what can be reached from a backup by itself. false: nothing, since it is no good, or its WAL is not there.
 func (i Info) Reach(b Backup) (Window, bool) {
 	s := i.stretch(b)
